@@ -1,0 +1,42 @@
+# Every target makes its own .venv and needs nothing before it but Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: quickstart test test-slow test-gpu lint types wheel docs
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+quickstart: $(READY)  ## extend the embedded model from 512 to 4,096 tokens and show that it worked
+	$(BIN)/python -m longlora_cli.quickstart quickstart
+
+test: $(READY)  ## under 10 minutes on 2 cores, offline
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not real_model"
+
+test-slow: $(READY)  ## the slower tier: random kills, the real model
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or real_model"
+
+test-gpu: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --outdir dist
+
+docs:
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet 'mkdocs>=1.6' 'mkdocs-material>=9.5'
+	.venv-docs/bin/mkdocs build --strict

@@ -1,0 +1,305 @@
+"""Every setting, declared once: its type, default, help and checks.
+
+A command's config is made of sections (`ModelSection`, `RopeSection`, ...) that core functions take as arguments. A
+field is a flag (`max_length` -> `--max-length`), a recipe key and an environment variable (`LONGLORA_MAX_LENGTH`);
+`options.py` makes them from the declarations here. A section refuses values that cannot be used and combinations in
+which a setting would have no effect. Nothing here imports torch, looks at a GPU or opens a network connection.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([km]?)", re.IGNORECASE)
+_UNIT = {"": 1, "k": 1024, "m": 1024 * 1024}
+
+
+def parse_length(value: Any) -> Any:
+    """Read a number of tokens: `4096`, `32k` (32,768), `1m` (1,048,576), `1.5k` (1,536).
+
+    Raises:
+        ValueError: The text is not a length, or is not a whole number of tokens.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _LENGTH.fullmatch(value.strip().replace(",", "").replace("_", ""))
+    if match is None:
+        raise ValueError("not a length; write 4096, 32k or 1m")
+    tokens = float(match[1]) * _UNIT[match[2].lower()]
+    if tokens != int(tokens):
+        raise ValueError("not a whole number of tokens")
+    return int(tokens)
+
+
+def split_commas(value: Any) -> Any:
+    """Let a list be given as `a,b`, as well as by repeating values."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list | tuple):
+        return [
+            part.strip() if isinstance(part, str) else part
+            for item in value
+            for part in (item.split(",") if isinstance(item, str) else [item])
+        ]
+    return value
+
+
+Length = Annotated[int, BeforeValidator(parse_length)]
+Names = Annotated[list[str], BeforeValidator(split_commas)]
+Numbers = Annotated[list[float], BeforeValidator(split_commas)]
+Lengths = Annotated[list[Length], BeforeValidator(split_commas)]
+Paths = Annotated[list[Path], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+
+
+def setting(default: Any, help: str, *, short: str = "", positional: bool = False, **checks: Any) -> Any:
+    """Declare one setting. `default=...` makes it required; `checks` are pydantic's (`ge`, `gt`, `le`, `lt`)."""
+    return Field(
+        default, description=help, json_schema_extra={"short": short, "positional": positional}, **checks
+    )
+
+
+class Section(BaseModel):
+    """A frozen group of settings that knows no other keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def given(self, name: str) -> bool:
+        """True when the user gave this setting, rather than leaving its default."""
+        return name in self.model_fields_set
+
+    def needs(self, name: str, condition: bool, rule: str) -> None:
+        """Refuse a given setting that would have no effect."""
+        if self.given(name) and not condition:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect here: {rule}")
+
+
+class ModelSection(Section):
+    """Which model, and how its weights and numbers are held."""
+
+    model: str = setting("builtin", "Model folder, run folder, hub name, or 'builtin'.", short="-m")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "Number format of weights and computation; auto: bf16 on a GPU that has it, else fp32."
+    )
+    quantization: Literal["auto", "none", "nf4", "int8"] = setting(
+        "auto", "Base weights: 4-bit NF4, 8-bit or as they are; auto: as a run was trained, NF4 for training above 1B parameters."
+    )
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute; auto: a GPU if there is one.")
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = setting(
+        "auto", "Attention kernel; auto: cuDNN on Hopper and newer, else torch's choice."
+    )
+
+
+class RopeSection(Section):
+    """How positions are stretched. Without `rope`, the model's or run's own record is kept."""
+
+    rope: Literal["keep", "theta", "linear", "dynamic", "yarn", "llama3"] = setting(
+        "keep", "Position scaling; theta raises the base frequency (NTK)."
+    )
+    rope_factor: float | None = setting(
+        None, "Length ratio; default: the new context length over the model's own.", gt=1
+    )
+    rope_theta: float | None = setting(
+        None, "Base frequency for --rope theta; default: the NTK rule, theta * factor^(d/(d-2)).", gt=0
+    )
+
+    @model_validator(mode="after")
+    def _rope_settings_have_an_effect(self) -> RopeSection:
+        self.needs("rope_factor", self.rope != "keep", "it belongs to a --rope method")
+        self.needs("rope_theta", self.rope == "theta", "it belongs to --rope theta")
+        if self.rope_factor is not None and self.rope_theta is not None:
+            raise ValueError("--rope-factor and --rope-theta both set the base frequency; give one")
+        return self
+
+
+class PrepareConfig(Section):
+    """Turn documents and chats into chunked, packed training data."""
+
+    inputs: list[str] = setting(
+        ..., "Files (.txt, .md, .jsonl), folders, saved datasets or hub datasets (hf:NAME).", positional=True
+    )
+    out: Path = setting(..., "Folder to make.", short="-o")
+    model: str = setting("builtin", "Model whose tokenizer and chat template are used.", short="-m")
+    max_length: Length = setting(4096, "Tokens per chunk, such as 4096 or 32k.", ge=8)
+    min_length: Length = setting(0, "Leave out documents and pieces with fewer tokens.", ge=0)
+    overlap: Length = setting(0, "Tokens that consecutive pieces of a split document share.", ge=0)
+    on_long: Literal["split", "truncate", "drop", "error"] = setting(
+        "split", "What to do with documents longer than a chunk; chats are never split."
+    )
+    pack: bool = setting(True, "Put several short documents into one chunk, isolated from each other.")
+    labels: Literal["assistant", "all"] = setting("assistant", "Which tokens of chats are learnt; texts: all.")
+    synthetic: Names = setting([], "Retrieval chats to add: needle=COUNT, hidden in the input documents.")
+    synthetic_length: Length | None = setting(
+        None, "Longest synthetic chat; lengths vary below it. Default: --max-length.", ge=64
+    )
+    synthetic_facts: int = setting(8, "Facts hidden in one synthetic chat.", ge=1, le=64)
+    synthetic_questions: int = setting(4, "Facts asked in one synthetic chat.", ge=1, le=64)
+    split: str = setting("train", "Split of a hub or saved dataset.")
+    seed: int = setting(0, "Seed of sampling, packing and synthetic chats.", ge=0)
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> PrepareConfig:
+        if self.overlap >= self.max_length:
+            raise ValueError(f"--overlap {self.overlap} is not below --max-length {self.max_length}")
+        if self.min_length > self.max_length:
+            raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
+        self.needs("overlap", self.overlap == 0 or self.on_long == "split", "only --on-long split overlaps")
+        for name in ("synthetic_length", "synthetic_facts", "synthetic_questions"):
+            self.needs(name, bool(self.synthetic), "no --synthetic chats are asked for")
+        if self.synthetic_questions > self.synthetic_facts:
+            raise ValueError("--synthetic-questions cannot be above --synthetic-facts")
+        if self.synthetic_length is not None and self.synthetic_length > self.max_length:
+            raise ValueError("--synthetic-length cannot be above --max-length")
+        return self
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    adapter: Literal["lora", "rslora", "dora", "pissa"] = setting("lora", "Kind of low-rank adapter.")
+    lora_rank: int = setting(16, "Rank of the adapter.", ge=1)
+    lora_alpha: float | None = setting(None, "Scale of the adapter; default: twice the rank.", gt=0)
+    lora_dropout: float = setting(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
+    lora_targets: Names = setting(
+        ["all"], "Linear layers that get an adapter: all, or names such as q_proj,v_proj."
+    )
+    also_train: Literal["none", "norms", "all"] = setting(
+        "none", "Also train the norms, or norms and embeddings (all), as LongLoRA does."
+    )
+
+
+class OptimSection(Section):
+    """How long, how fast, in which order."""
+
+    steps: int | None = setting(None, "Optimizer steps; default: --epochs over the data.", ge=1)
+    epochs: float = setting(1.0, "Passes over the data.", gt=0)
+    batch_size: int = setting(1, "Chunks per micro-batch and process.", ge=1)
+    accumulate: int = setting(1, "Micro-batches per optimizer step.", ge=1)
+    learning_rate: float = setting(2e-4, "Peak learning rate.", gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = setting("cosine", "Learning rate after warm-up.")
+    warmup: int = setting(0, "Steps of linear warm-up.", ge=0)
+    weight_decay: float = setting(0.0, "AdamW's weight decay.", ge=0)
+    max_grad_norm: float = setting(1.0, "Clip gradients to this norm.", gt=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = setting("adamw", "Optimizer.")
+    seed: int = setting(0, "Seed of data order, adapter and dropout.", ge=0)
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> OptimSection:
+        self.needs("epochs", self.steps is None, "--steps already says how long to train")
+        return self
+
+
+class TrainConfig(OptimSection, AdapterSection, RopeSection, ModelSection):
+    """Train an adapter that reads longer contexts."""
+
+    data: Paths = setting(..., "Prepared data, one or more folders.", short="-d")
+    out: Path = setting(..., "Run folder; an unfinished run in it is resumed.", short="-o")
+    max_length: Length | None = setting(
+        None, "Context length to train for; default: the longest chunk of the data.", ge=8
+    )
+    checkpoint_layers: bool = setting(True, "Recompute layers in backward instead of keeping activations.")
+    loss_tile: Length = setting(4096, "Tokens whose logits exist at one time.", ge=1)
+    log_every: int = setting(1, "Steps between log lines.", ge=1)
+    save_every: int = setting(100, "Steps between checkpoints.", ge=1)
+    keep_checkpoints: int = setting(2, "Newest checkpoints kept.", ge=1)
+    eval_data: Path | None = setting(None, "Held-out prepared data (perplexity) or .jsonl (generation).")
+    eval_every: int = setting(0, "Steps between evaluations; 0: only at the end.", ge=0)
+    eval_method: Literal["perplexity", "generation"] = setting("perplexity", "How to evaluate during training.")
+    eval_samples: int | None = setting(None, "Evaluate at most this many chunks or rows.", ge=1)
+    eval_new_tokens: int = setting(64, "Longest answer in evaluation by generation.", ge=1)
+    report_to: Names = setting([], "Loggers of transformers.Trainer: tensorboard, wandb, ...")
+
+    @model_validator(mode="after")
+    def _evaluation_has_data(self) -> TrainConfig:
+        for name in ("eval_every", "eval_method", "eval_samples"):
+            self.needs(name, self.eval_data is not None, "there is no --eval-data")
+        self.needs("eval_new_tokens", self.eval_method == "generation", "it belongs to --eval-method generation")
+        return self
+
+
+class EvalConfig(RopeSection, ModelSection):
+    """Measure a base model or a run: perplexity, retrieval, generation."""
+
+    adapter: Path | None = setting(None, "Adapter folder to put on the model.")
+    tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
+    out: Path = setting(..., "Folder to make.", short="-o")
+    data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
+    haystack: Paths = setting([], "Texts to hide needles in; default: the embedded book.")
+    lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey and needle.")
+    depths: int = setting(5, "Depths from start to end, per length.", ge=1, le=101)
+    samples: int = setting(4, "Samples per length and depth.", ge=1)
+    needle_facts: int = setting(8, "Facts hidden in one needle sample.", ge=1, le=64)
+    window: Length = setting(4096, "Perplexity: tokens of one window.", ge=2)
+    stride: Length | None = setting(None, "Perplexity: tokens between windows; default: half a window.", ge=1)
+    max_tokens: Length | None = setting(None, "Perplexity: read at most this much of each text.", ge=2)
+    metrics: Names = setting(["rouge", "f1", "exact_match", "accuracy"], "Scores of generate.")
+    max_samples: int | None = setting(None, "Generate for at most this many rows.", ge=1)
+    max_new_tokens: int = setting(64, "Longest answer.", ge=1)
+    prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
+    seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> EvalConfig:
+        tasks = set(self.tasks)
+        if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
+            raise ValueError(f"--tasks knows ppl, passkey, needle, generate; not {', '.join(sorted(unknown))}")
+        grid = bool(tasks & {"passkey", "needle"})
+        for name in ("haystack", "lengths", "depths", "samples", "seed"):
+            self.needs(name, grid, "it belongs to passkey and needle")
+        self.needs("needle_facts", "needle" in tasks, "it belongs to needle")
+        for name in ("window", "stride", "max_tokens"):
+            self.needs(name, "ppl" in tasks, "it belongs to ppl")
+        for name in ("metrics", "max_samples"):
+            self.needs(name, "generate" in tasks, "it belongs to generate")
+        self.needs("data", bool(tasks & {"ppl", "generate"}), "it belongs to ppl and generate")
+        if "generate" in tasks and not self.data:
+            raise ValueError("--tasks generate needs --data FILE.jsonl")
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"--stride {self.stride} is above --window {self.window}: tokens would be skipped")
+        return self
+
+
+class ChatConfig(RopeSection, ModelSection):
+    """Talk with a base model or a run about long documents."""
+
+    adapter: Path | None = setting(None, "Adapter folder to put on the model.")
+    file: Paths = setting([], "Text to read before the conversation.", short="-f")
+    prompt: str | None = setting(None, "Ask once and exit; '-' reads standard input.", short="-p")
+    system: str | None = setting(None, "System message.")
+    max_new_tokens: int = setting(512, "Longest answer.", ge=1)
+    temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied.", ge=0)
+    top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", gt=0, le=1)
+    seed: int = setting(0, "Seed of sampling.", ge=0)
+    prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
+
+    @model_validator(mode="after")
+    def _sampling_has_an_effect(self) -> ChatConfig:
+        for name in ("top_p", "seed"):
+            self.needs(name, self.temperature > 0, "with --temperature 0 nothing is sampled")
+        return self
+
+
+class MergeConfig(Section):
+    """Put adapters into their base, or mix checkpoints of one architecture."""
+
+    sources: list[str] = setting(
+        ..., "Runs, adapter folders, checkpoints or model folders.", positional=True
+    )
+    out: Path = setting(..., "Folder to make.", short="-o")
+    weights: Numbers = setting([], "One weight per source; default: equal shares.")
+    model: str | None = setting(None, "Base model of the adapters; default: the one they were trained on.", short="-m")
+    base_weights: Literal["auto", "original", "dequantized"] = setting(
+        "auto", "Add an adapter to the original base or to the dequantized one it was trained on; auto: the latter for NF4."
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Number format; auto: the base's.")
+    keep_adapter: bool = setting(False, "Mixing adapters: write an adapter instead of a whole model.")
+
+    @model_validator(mode="after")
+    def _weights_match_sources(self) -> MergeConfig:
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(f"{len(self.weights)} --weights for {len(self.sources)} sources; give one each")
+        self.needs("weights", len(self.sources) > 1, "one source is not mixed")
+        return self
