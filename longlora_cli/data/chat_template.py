@@ -1,9 +1,9 @@
 """Chats to token ids and labels, by the tokenizer's own template.
 
-The template is rendered twice: with the messages, and with a placeholder instead of each content. The second rendering
-shows which text is the template's; the content must then stand between those texts in the first. The whole rendering
-is encoded once, so that ids equal those of `apply_chat_template`, and offsets say which tokens are whose. Special
-tokens are recognised in the template's text only (`encoding.SafeEncoder`).
+The template is rendered twice: with the messages, and with a placeholder instead of each content. The second
+rendering shows which text is the template's; the content must then stand between those texts in the first.
+The whole rendering is encoded once, so that ids equal those of `apply_chat_template`, and offsets say which
+tokens are whose. Special tokens are recognised in the template's text only (`encoding.SafeEncoder`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class RenderedChat:
 
     Args:
         ids: Token ids.
-        labels: The same ids where the assistant speaks (its contents, each with the end-of-turn token that the
-            template puts after it), `IGNORE` elsewhere. Not shifted.
+        labels: The same ids where the assistant speaks (its contents, each with the end-of-turn token that
+            the template puts after it), `IGNORE` elsewhere. Not shifted.
     """
 
     ids: list[int]
@@ -73,8 +73,8 @@ def render_chats(
         For each chat its ids and labels (`RenderedChat`), int32 `[tokens]`.
 
     Raises:
-        DataError: The tokenizer has no template; the template refuses a chat, leaves out a message, or changes a
-            content so that it cannot be told from the template's own text.
+        DataError: The tokenizer has no template; the template refuses a chat, leaves out a message, or
+            changes a content so that it cannot be told from the template's own text.
     """
     encoder = safe_encoder(tokenizer)
     layouts = [_layout(tokenizer, messages, add_generation_prompt, encoder) for messages in chats]
@@ -82,7 +82,8 @@ def render_chats(
         "".join(p.text if p.message is not None else encoder.secret(p.text) for p in ps) for ps in layouts
     ]
     encodings = encoder.encode_with_offsets(texts)
-    # Templates without an end token go straight on to the next turn, which BOS opens: that is not for the assistant.
+    # Templates without an end token go straight on to the next turn, which BOS opens: that is not for the
+    # assistant.
     next_turn = None if tokenizer.bos_token_id == tokenizer.eos_token_id else tokenizer.bos_token_id
     rendered = []
     for messages, parts, encoding in zip(chats, layouts, encodings, strict=True):
@@ -181,8 +182,9 @@ def _occurrences(text: str, mark: str) -> list[int]:
 def _content(rendered: str, place: int, content: str, following: str, encoder: SafeEncoder) -> str:
     """The content as the template wrote it at `place`, before its own text `following`.
 
-    As given, or stripped; a template that changes it otherwise (drops an old turn's reasoning) is followed as long as
-    neither the content nor what became of it holds a special token's name, which could feign the template's text.
+    As given, or stripped; a template that changes it otherwise (drops an old turn's reasoning) is followed as
+    long as neither the content nor what became of it holds a special token's name, which could feign the
+    template's text.
     """
     for text in (content, content.strip(), content.lstrip(), content.rstrip()):
         if rendered.startswith(text + following, place):
@@ -224,7 +226,7 @@ def _labels(
 def _after_end_token(
     ids: Int32, stop: int, following: str, encoder: SafeEncoder, next_turn: int | None
 ) -> int:
-    """Where the turn's end token ends, if the template puts one after the content (spaces may come before it)."""
+    """Where the turn ends: after the end token, if the template puts one there (after spaces, maybe)."""
     end_token = encoder.special_at_start(following.lstrip())
     if end_token is None or end_token == next_turn:
         return stop

@@ -19,9 +19,10 @@ class Chunk:
 
     Args:
         input_ids: Token ids.
-        labels: The same ids where they are learnt, `IGNORE` elsewhere. Not shifted: `labels[t]` is predicted from
-            the tokens before `t`. The first token of each document is always `IGNORE`.
-        document_lengths: Tokens of each document of the chunk, in order, int32 `[documents]`; they sum to `tokens`.
+        labels: The same ids where they are learnt, `IGNORE` elsewhere. Not shifted: `labels[t]` is predicted
+            from the tokens before `t`. The first token of each document is always `IGNORE`.
+        document_lengths: Tokens of each document of the chunk, in order, int32 `[documents]`; they sum to
+            `tokens`.
     """
 
     input_ids: Int32

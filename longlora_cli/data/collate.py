@@ -13,8 +13,8 @@ from longlora_cli.data.chunk import IGNORE, Chunk
 def collate(chunks: list[Chunk], *, pad_id: int) -> dict[str, Any]:
     """Pad chunks on the right to the longest one.
 
-    Padding is a document of its own at the end of its row: nothing attends to it, no attention mask is needed, and
-    the lengths of every row sum to the batch's width.
+    Padding is a document of its own at the end of its row: nothing attends to it, no attention mask is
+    needed, and the lengths of every row sum to the batch's width.
 
     Args:
         chunks: At least one chunk.

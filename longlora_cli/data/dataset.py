@@ -1,7 +1,7 @@
 """Prepared data on disk: Arrow shards, memory-mapped, with a manifest that says what they were made with.
 
-A folder holds `shard-00000.arrow`, ... (Arrow IPC streams that `datasets.Dataset.from_file` opens too) with the int32
-list columns `input_ids`, `labels` and `document_lengths`, one row a chunk.
+A folder holds `shard-00000.arrow`, ... (Arrow IPC streams that `datasets.Dataset.from_file` opens too) with
+the int32 list columns `input_ids`, `labels` and `document_lengths`, one row a chunk.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class ChunkWriter:
 
     Args:
         folder: The staging folder. Other temporary files may live in it, if they are gone at the end.
-        meta: Facts for the manifest; `chunks`, `tokens`, `trained_tokens` and `longest_chunk` are added at the end.
+        meta: Facts for the manifest; `chunks`, `tokens`, `trained_tokens` and `longest_chunk` are added at
+            the end.
     """
 
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
@@ -130,8 +131,8 @@ class ChunkDataset:
 
         Args:
             folder: The folder to make.
-            meta: Facts for its manifest; may be filled while writing. Needs `tokenizer_sha256`, `template_sha256` and
-                `max_length` by the end.
+            meta: Facts for its manifest; may be filled while writing. Needs `tokenizer_sha256`,
+                `template_sha256` and `max_length` by the end.
 
         Raises:
             SettingsError: The folder exists.

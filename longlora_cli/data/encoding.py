@@ -1,9 +1,10 @@
 """Encode text that comes from users so that it can never become control tokens.
 
-A tokenizer finds its special tokens by their text, wherever that text comes from: a document with `<|im_end|>` in it
-would end a turn. Here a second copy of the tokenizer is made in which every special token goes by a secret name.
-Text encodes to exactly the ids that the plain tokenizer gives it, except that the special tokens' usual names are
-ordinary characters; only who knows the secret names (the chat template's renderer) can write a special token.
+A tokenizer finds its special tokens by their text, wherever that text comes from: a document with
+`<|im_end|>` in it would end a turn. Here a second copy of the tokenizer is made in which every special token
+goes by a secret name. Text encodes to exactly the ids that the plain tokenizer gives it, except that the
+special tokens' usual names are ordinary characters; only who knows the secret names (the chat template's
+renderer) can write a special token.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class SafeEncoder:
     def __init__(self, tokenizer: Any) -> None:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         special = [token for token in state["added_tokens"] if token["special"]]
-        # Drawn anew in each process: text written beforehand cannot contain it. Ids do not depend on it. Lower-case
-        # hexadecimal digits between private-use characters pass every normalizer unchanged.
+        # Drawn anew in each process: text written beforehand cannot contain it. Ids do not depend on it.
+        # Lower-case hexadecimal digits between private-use characters pass every normalizer unchanged.
         nonce = secrets.token_hex(8)
         self._secret = {t["content"]: f"\ue0f0{nonce}{t['id']:x}\ue0f1" for t in special}
         self._names = re.compile(
@@ -85,8 +86,8 @@ class SafeEncoder:
 def _rename_in_model(model: dict[str, Any], secret: dict[str, str]) -> None:
     """Take the special tokens out of the model's reach, keeping their ids.
 
-    A Unigram or WordLevel model, or a BPE model with `ignore_merges`, finds an entry of its vocabulary by its text
-    even when the tokenizer does not split it off first; a BPE model also when merges lead to it.
+    A Unigram or WordLevel model, or a BPE model with `ignore_merges`, finds an entry of its vocabulary by its
+    text even when the tokenizer does not split it off first; a BPE model also when merges lead to it.
     """
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, list):  # Unigram: [piece, score] by id

@@ -1,7 +1,7 @@
 """Load a tokenizer, and name it by what decides its ids.
 
-Hashes cover what changes token ids (vocabulary, merges, normalizer, pre-tokenizer, special tokens) and the chat
-template, each apart, so that prepared data can say which of the two differs from a model's.
+Hashes cover what changes token ids (vocabulary, merges, normalizer, pre-tokenizer, special tokens) and the
+chat template, each apart, so that prepared data can say which of the two differs from a model's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def load_tokenizer(name_or_folder: str | Path) -> Any:
     """Load a fast tokenizer without running foreign code.
 
     Args:
-        name_or_folder: A folder (model, run or adapter, each with its own tokenizer files), `builtin` for the model
-            shipped in this package, or a hub name.
+        name_or_folder: A folder (model, run or adapter, each with its own tokenizer files), `builtin` for the
+            model shipped in this package, or a hub name.
 
     Returns:
         A `PreTrainedTokenizerFast`.
@@ -53,7 +53,7 @@ def load_tokenizer(name_or_folder: str | Path) -> Any:
             f"there is no folder {name_or_folder}, and the hub gives no tokenizer of that name",
             hint="Give a model folder, a hub name while online, or 'builtin'.",
         ) from error
-    except Exception as error:  # noqa: BLE001 - the backend raises bare Exception for a damaged tokenizer.json
+    except Exception as error:  # the backend raises nothing narrower for a damaged file
         raise DataError(f"{name_or_folder}: its tokenizer cannot be read: {_first_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
@@ -64,7 +64,7 @@ def load_tokenizer(name_or_folder: str | Path) -> Any:
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Hex SHA-256 of what decides token ids: vocabulary, merges, normalizer, pre-tokenizer, special tokens."""
+    """Hex SHA-256 of what decides ids: vocabulary, merges, normalizer, pre-tokenizer, special tokens."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     identity: dict[str, Any] = {part: backend.get(part) for part in _IDENTITY}
     identity["special"] = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
