@@ -15,7 +15,6 @@ from longlora_cli.console import Console
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.errors import Interrupted, LongLoRAError, NumericError, Terminated
-from longlora_cli.evaluation.during_training import make_evaluator
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_device, load_model
@@ -157,7 +156,11 @@ def _run_trainer(
     pad = loaded.tokenizer.pad_token_id
     pad_id = pad if pad is not None else loaded.tokenizer.eos_token_id or 0
     meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device)
-    evaluator = make_evaluator(config, loaded, mesh) if config.eval_data is not None else None
+    evaluator = None
+    if config.eval_data is not None:
+        from longlora_cli.evaluation.during_training import make_evaluator
+
+        evaluator = make_evaluator(config, loaded, mesh)
     trainer = LongContextTrainer(
         config, loaded, data, partial(collate, pad_id=pad_id), record, mesh, meter, evaluator
     )

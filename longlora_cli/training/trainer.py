@@ -31,7 +31,7 @@ _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def training_arguments(config: TrainConfig, loaded: LoadedModel) -> TrainingArguments:
+def training_arguments(config: TrainConfig, loaded: LoadedModel, mesh: Mesh) -> TrainingArguments:
     """Trainer's arguments for our settings; everything not named here is Trainer's default."""
     on_cpu = loaded.device.type == "cpu"
     return TrainingArguments(
@@ -51,7 +51,7 @@ def training_arguments(config: TrainConfig, loaded: LoadedModel) -> TrainingArgu
         bf16=loaded.dtype == "bf16",
         fp16=loaded.dtype == "fp16",
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu else None,
+        ddp_backend="gloo" if on_cpu and mesh.world > 1 else None,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         logging_strategy="steps",
@@ -95,7 +95,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(
             model=loaded.model,
-            args=training_arguments(config, loaded),
+            args=training_arguments(config, loaded, mesh),
             train_dataset=data,
             eval_dataset=data if evaluator else None,  # only tells Trainer that there is something to evaluate
             data_collator=collate,
