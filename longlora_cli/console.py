@@ -27,6 +27,25 @@ _PLAIN_PROGRESS_SECONDS = 10.0
 Advance = Callable[[int], None]
 
 
+def quiet_libraries() -> None:
+    """Keep transformers, datasets and bitsandbytes from drawing bars and logging between our lines."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch|accelerate")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def printable(text: str) -> str:
     """`text` without control characters except newline and tab."""
     return _CONTROL.sub("", text)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from longlora_cli import config as configs
-from longlora_cli.console import Console
+from longlora_cli.console import Console, quiet_libraries
 from longlora_cli.errors import DataError, NotFoundError, SettingsError
 
 CONFIGS: dict[str, type[configs.Section]] = {
@@ -119,6 +119,7 @@ def add_command(app: typer.Typer, name: str, summary: str) -> None:
         console = Console(json_mode=json_mode)
         settings = resolve(name, values, recipe)
         module = import_module(f"longlora_cli.commands.{name}")
+        quiet_libraries()
         entry: Callable[..., dict[str, Any]] = module.run
         console.result(entry(settings, console, dry_run=dry_run))
 
