@@ -41,8 +41,8 @@ MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] + '\n\n' %}"
     "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
     "{{ bos_token }}{% for message in turns %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
-    "{% endif %}{% if message['role'] == 'user' %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
@@ -56,7 +56,7 @@ def chatml_tokenizer() -> Any:
 
 
 def llama3_tokenizer() -> Any:
-    """Byte-level BPE with Llama 3's splitting, special tokens outside the vocabulary, BOS by a post-processor."""
+    """Byte-level BPE with Llama 3's splitting; special tokens outside the vocabulary, BOS added by itself."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     pattern = (
         r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -153,6 +153,12 @@ def family(request: pytest.FixtureRequest) -> str:
 def tokenizer(family: str) -> Any:
     """One tokenizer of each family in turn."""
     return made(family)
+
+
+@pytest.fixture(scope="session")
+def families() -> dict[str, Any]:
+    """All tokenizers by family, for property tests."""
+    return {name: made(name) for name in _MAKERS}
 
 
 @pytest.fixture(scope="session")
