@@ -70,9 +70,7 @@ class Console:
             from rich.console import Console as RichConsole
 
             stream = sys.stderr if self.json_mode else sys.stdout
-            self._rich = RichConsole(
-                file=stream, markup=False, highlight=False, emoji=False, soft_wrap=True
-            )
+            self._rich = RichConsole(file=stream, markup=False, highlight=False, emoji=False, soft_wrap=True)
         return self._rich
 
     @property

@@ -72,16 +72,28 @@ def _context_length(config: TrainConfig, data: ChunkDataset) -> int:
     return config.max_length or data.longest_chunk
 
 
-def _describe(config: TrainConfig, data: ChunkDataset, context_length: int, console: Console) -> dict[str, Any]:
+def _describe(
+    config: TrainConfig, data: ChunkDataset, context_length: int, console: Console
+) -> dict[str, Any]:
     per_step = config.batch_size * config.accumulate
     steps = config.steps or max(1, round(config.epochs * len(data) / per_step))
-    facts = {"chunks": len(data), "context_length": context_length, "steps": steps, "chunks_per_step": per_step}
+    facts = {
+        "chunks": len(data),
+        "context_length": context_length,
+        "steps": steps,
+        "chunks_per_step": per_step,
+    }
     console.table("would train", ["", ""], facts.items())
     return {"dry_run": True, **facts}
 
 
 def _train(
-    config: TrainConfig, console: Console, mesh: Mesh, run_folder: Run, data: ChunkDataset, context_length: int
+    config: TrainConfig,
+    console: Console,
+    mesh: Mesh,
+    run_folder: Run,
+    data: ChunkDataset,
+    context_length: int,
 ) -> dict[str, Any]:
     newest, faults = mesh.from_main(lambda: checkpoint.newest(config.out))
     for fault in faults:
@@ -107,7 +119,11 @@ def _train(
             )
         raise
     if mesh.is_main:
-        result |= {"context_length": context_length, "rope": loaded.rope.to_json(), "trainable": _trainable(loaded)}
+        result |= {
+            "context_length": context_length,
+            "rope": loaded.rope.to_json(),
+            "trainable": _trainable(loaded),
+        }
         # The note first: a run without an adapter resumes, but one with an adapter is never looked at again.
         run_folder.note(status="finished", step=result["steps"], exit_code=0, result=result)
         with atomic_folder(run_folder.adapter, "adapter", {"step": result["steps"]}) as staging:
@@ -182,9 +198,13 @@ def _run_trainer(
             run_folder.note(status="running", step=int(newest.name[5:]) if newest else 0)
         outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if signals.received == signal.SIGINT:
-        raise Interrupted(f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes.")
+        raise Interrupted(
+            f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes."
+        )
     if signals.received is not None:
-        raise Terminated(f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes.")
+        raise Terminated(
+            f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes."
+        )
     final = trainer.evaluate() if evaluator else {}
     losses = [row["loss"] for row in rows if "loss" in row]
     return {"steps": int(outcome.global_step), "last_loss": losses[-1] if losses else None, **final}

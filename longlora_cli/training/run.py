@@ -58,7 +58,11 @@ class Run:
         """
         folder, run = config.out, cls(config.out, facts)
         if not (folder / RUN_STATE).is_file():
-            strangers = [p.name for p in folder.iterdir() if p.name not in (".lock", RECIPE)] if folder.is_dir() else []
+            strangers = (
+                [p.name for p in folder.iterdir() if p.name not in (".lock", RECIPE)]
+                if folder.is_dir()
+                else []
+            )
             if strangers:
                 raise SettingsError(
                     f"{folder} is not empty and holds no run ({strangers[0]})",
@@ -103,7 +107,8 @@ class Run:
     def note(self, *, status: str, step: int, **more: Any) -> None:
         """Write `run.json`: `started`, `running`, `finished`, `stopped` or `failed`, and what belongs to it."""
         write_json(
-            self.folder / RUN_STATE, {"format": 1, "status": status, "step": step, "facts": self.facts, **more}
+            self.folder / RUN_STATE,
+            {"format": 1, "status": status, "step": step, "facts": self.facts, **more},
         )
 
     @property
