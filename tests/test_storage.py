@@ -40,9 +40,13 @@ def test_a_committed_folder_verifies_and_keeps_its_facts(tmp_path: Path) -> None
 
 
 def test_a_failure_inside_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "x", "dataset") as staging:
-        (staging / "a.txt").write_text("alpha")
-        raise RuntimeError
+    def fail() -> None:
+        with atomic_folder(tmp_path / "x", "dataset") as staging:
+            (staging / "a.txt").write_text("alpha")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.errors import Interrupted, LongLoRAError, NumericError, Terminated
+from longlora_cli.errors import Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_device, load_model
@@ -38,7 +38,13 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         NumericError: A loss or gradient is not finite.
         Interrupted, Terminated: Asked to stop; the state was saved.
     """
-    mesh = Mesh.start(choose_device(config.device))
+    device = choose_device(config.device)
+    if config.optimizer.startswith("paged") and device.type == "cpu":
+        raise SettingsError(
+            f"--optimizer {config.optimizer} has no effect on a CPU: there is no GPU memory to page out of",
+            hint="Use --optimizer adamw_8bit.",
+        )
+    mesh = Mesh.start(device)
     try:
         data = ChunkDataset.open_all(config.data)
         context_length = _context_length(config, data)
@@ -50,6 +56,7 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         }
         if dry_run:
             return _describe(config, data, context_length, console)
+        mesh.from_main(lambda: Run.refuse_strangers(config.out))
         with ExitStack() as stack:
             mesh.from_main(lambda: stack.enter_context(folder_lock(config.out)) or True)
             run_folder = mesh.from_main(lambda: Run.open(config, write_recipe("train", config), facts))
@@ -62,8 +69,6 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
 
 
 def _context_length(config: TrainConfig, data: ChunkDataset) -> int:
-    from longlora_cli.errors import SettingsError
-
     if config.max_length is not None and config.max_length < data.longest_chunk:
         raise SettingsError(
             f"--max-length {config.max_length:,} is below the longest chunk of the data, {data.longest_chunk:,} tokens",

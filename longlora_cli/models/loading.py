@@ -213,7 +213,7 @@ def _positions(
             )
             if asked.parameters != trained.parameters:
                 raise SettingsError(
-                    f"--rope {rope.rope} asks for {asked.describe()}; the adapter was trained with {trained.describe()}",
+                    f"--rope {rope.rope} is {asked.describe()}, the adapter was trained with {trained.describe()}",
                     hint="Leave --rope out: a run's own positions are used.",
                 )
         return trained
