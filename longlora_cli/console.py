@@ -30,7 +30,9 @@ Advance = Callable[[int], None]
 def quiet_libraries() -> None:
     """Keep transformers, datasets and bitsandbytes from drawing bars and logging between our lines."""
     import logging
+    import warnings
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch|accelerate")
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 
