@@ -36,7 +36,7 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         raise SettingsError("--json needs a question", hint="Give it with -p TEXT, or -p - for standard input.")
     # In a pipe the answer alone goes to standard output; a console in JSON mode tells the rest on standard error.
     notes = console if console.rich.is_terminal and not console.json_mode else Console(json_mode=True)
-    question = None if config.prompt is None or dry_run else _question(config.prompt)
+    question = None if config.prompt is None else _question(config.prompt)
     texts = [text for path in config.file for text in read_texts(path)]
     outline = outline_model(config, config, adapter=config.adapter, context_length=config.max_length)
     quiet_libraries()  # now that transformers is imported
