@@ -280,6 +280,9 @@ class ChatConfig(RopeSection, ModelSection):
     file: Paths = setting([], "Text to read before the conversation.", short="-f")
     prompt: str | None = setting(None, "Ask once and exit; '-' reads standard input.", short="-p")
     system: str | None = setting(None, "System message.")
+    max_length: Length | None = setting(
+        None, "Most tokens of conversation; default: what the model or run was made for.", ge=8
+    )
     max_new_tokens: int = setting(512, "Longest answer.", ge=1)
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied.", ge=0)
     top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", gt=0, le=1)
