@@ -25,12 +25,12 @@ class Answer:
     Args:
         ids: New token ids, without the end token.
         text: The same as text.
-        finish: `stop` when the model ended it, `length` when it was cut at the limit.
+        finish: `eos` when the model ended it, `length` when it was cut at the limit.
     """
 
     ids: list[int]
     text: str
-    finish: Literal["stop", "length"]
+    finish: Literal["eos", "length"]
 
 
 class Answerer(Protocol):

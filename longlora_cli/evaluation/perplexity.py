@@ -21,6 +21,7 @@ from torch import Tensor
 from longlora_cli.errors import IncompatibleError
 from longlora_cli.evaluation.statistics import bootstrap_ratio
 from longlora_cli.evaluation.windows import Window, curve_windows, plan_windows, position_buckets
+from longlora_cli.generation.prefill import depends_on_length, new_cache
 from longlora_cli.memory.loss import IGNORE, token_losses
 from longlora_cli.models.loading import LoadedModel
 
@@ -79,8 +80,9 @@ def window_losses(loaded: LoadedModel, rows: Tensor, first: Sequence[int], *, ch
         found = token_losses(hidden.flatten(0, 1), head, labels[:, piece].flatten(), tile_tokens=tile)
         return found.view(count, -1).cpu()
 
-    # Nothing follows the last token, so it need not be read.
-    if tokens - 1 <= chunk or _depends_on_length(loaded):
+    # Nothing follows the last token, so it need not be read. Positions that depend on the length of the forward
+    # (dynamic NTK) would differ from piece to piece, so these models read a window at once.
+    if tokens - 1 <= chunk or depends_on_length(loaded):
         hidden = loaded.hidden(rows[:, :-1], use_cache=False).last_hidden_state
         losses = losses_of(hidden, slice(0, tokens - 1))
     else:
@@ -91,19 +93,12 @@ def window_losses(loaded: LoadedModel, rows: Tensor, first: Sequence[int], *, ch
 
 
 def _read_in_pieces(loaded: LoadedModel, rows: Tensor, chunk: int) -> Iterator[tuple[Tensor, slice]]:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=loaded.causal_lm.config)
+    cache = new_cache()
     for start in range(0, rows.shape[1], chunk):
         piece = slice(start, min(start + chunk, rows.shape[1]))
         positions = torch.arange(piece.start, piece.stop, device=rows.device).expand(rows.shape[0], -1)
         output = loaded.hidden(rows[:, piece], use_cache=True, past_key_values=cache, position_ids=positions)
         yield output.last_hidden_state, piece
-
-
-def _depends_on_length(loaded: LoadedModel) -> bool:
-    # The frequencies of dynamic scaling follow the length of the forward; pieces would each get their own.
-    return bool(loaded.rope.parameters["rope_type"] == "dynamic")
 
 
 def score_text(
