@@ -20,11 +20,10 @@ class SessionAnswerer:
     def __init__(self, loaded: LoadedModel, *, prefill_chunk: int) -> None:
         self._session = Session(loaded, prefill_chunk=prefill_chunk)
         self._stop_ids = stop_ids(loaded)
-        self.reused_tokens = 0
-        """Prompt tokens so far that were in the cache already."""
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
-        """The likeliest continuation. Prompts beyond the model's length are read too: that is what "before" shows.
+        """The likeliest continuation. Prompts beyond the model's length are read too: that is what "before"
+        shows.
 
         Raises:
             KeyboardInterrupt: Ctrl-C; half an answer is no measurement.
@@ -35,5 +34,4 @@ class SessionAnswerer:
         )
         if said.finish == "interrupted":
             raise KeyboardInterrupt
-        self.reused_tokens += said.reused_tokens
-        return Answer(said.ids, said.text, said.finish)
+        return Answer(said.ids, said.text, said.finish, said.reused_tokens)

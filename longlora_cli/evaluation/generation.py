@@ -1,6 +1,7 @@
 """Evaluation by generation: questions in, answers out, scores after. The layers share only rows.
 
-A `Question` is made with a tokenizer alone, `predict` needs something that answers, and scoring needs neither.
+A `Question` is made with a tokenizer alone, `predict` needs something that answers, and scoring needs
+neither.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from longlora_cli.evaluation.statistics import mean
 
 Advance = Callable[[int], None]
 Row = dict[str, Any]
+_COSTS = ("seconds", "prompt_tokens", "reused_tokens", "new_tokens")
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Answer:
         ids: New token ids, without the end token.
         text: The same as text.
         finish: `eos` when the model ended it, `length` when it was cut at the limit.
+        reused_tokens: Tokens of the prompt that were not read again, because a cache held them.
     """
 
     ids: list[int]
     text: str
     finish: Literal["eos", "length"]
+    reused_tokens: int = 0
 
 
 class Answerer(Protocol):
@@ -81,7 +85,7 @@ def predict(
 
     Yields:
         Rows: `key`, `task`, the question's facts, `references`, `prediction`, `finish`, `prompt_tokens`,
-        `new_tokens`, `seconds`.
+        `reused_tokens`, `new_tokens`, `seconds`.
     """
     kept = journal if journal is not None else Journal()
     for question in questions:
@@ -98,6 +102,7 @@ def predict(
                 "prediction": answer.text,
                 "finish": answer.finish,
                 "prompt_tokens": len(question.prompt),
+                "reused_tokens": answer.reused_tokens,
                 "new_tokens": len(answer.ids),
                 "seconds": round(time.perf_counter() - started, 4),
             }
@@ -109,14 +114,15 @@ def predict(
 
 
 def speed(rows: Sequence[Row]) -> Row:
-    """`seconds`, `prompt_tokens`, `new_tokens` and `tokens_per_second` (both kinds together) of answered rows.
+    """What answering cost, over rows of `predict`.
 
-    Prompt tokens count in full even where a cache spared reading them again: this is the rate that a user sees.
+    `tokens_per_second` counts prompt tokens in full even where a cache spared reading them: it is the rate
+        that a
+    user sees. `reused_tokens` says how many were spared.
     """
-    seconds = sum(row["seconds"] for row in rows)
-    prompt, new = sum(row["prompt_tokens"] for row in rows), sum(row["new_tokens"] for row in rows)
-    rate = (prompt + new) / seconds if seconds > 0 else None
-    return {"seconds": seconds, "prompt_tokens": prompt, "new_tokens": new, "tokens_per_second": rate}
+    sums = {name: sum(row[name] for row in rows) for name in _COSTS}
+    tokens = sums["prompt_tokens"] + sums["new_tokens"]
+    return {**sums, "tokens_per_second": tokens / sums["seconds"] if sums["seconds"] > 0 else None}
 
 
 def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[Row]]:
@@ -127,8 +133,8 @@ def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[R
         metrics: From `metrics.load_metrics`.
 
     Returns:
-        The summary `{"n", "scores": {key: {"n", "score", "ci95"}}, "scorers": [...], "cut"}`, where `cut` is the share
-        of answers that ended at the limit, and the rows with their `scores`.
+        The summary `{"n", "scores": {key: {"n", "score", "ci95"}}, "scorers": [...], "cut"}`, where `cut` is
+        the share of answers that ended at the limit, and the rows with their `scores`.
 
     Raises:
         DataError: No rows. A fault inside a scorer is raised as it is.

@@ -1,8 +1,8 @@
 """Finished pieces of a long evaluation, kept until the whole is committed.
 
-The journal is a file of JSON lines in a working folder beside the output folder, `.<name>.partial`. A piece is found
-again by its key, a hash of everything that decides its content, so that the same command continues where a killed
-one stopped and another command never takes its pieces for its own.
+The journal is a file of JSON lines in a working folder beside the output folder, `.<name>.partial`. A piece
+is found again by its key, a hash of everything that decides its content, so that the same command continues
+where a killed one stopped and another command never takes its pieces for its own.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Journal:
         return self._rows.get(key)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a finished row; it must have a `key`. On disk once this returns, though not synced: a power loss may
-        cost the last rows, a killed process none."""
+        """Keep a finished row; it must have a `key`. On disk once this returns, though not synced: a power
+        loss may cost the last rows, a killed process none."""
         if self._path is not None:
             append_json_line(self._path, row)
         self._rows[row["key"]] = row

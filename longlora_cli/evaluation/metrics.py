@@ -1,4 +1,5 @@
-"""The scorers as `evaluate.Metric`s, for code that knows that interface. They need no network and no cache folder.
+"""The scorers as `evaluate.Metric`s, for code that knows that interface. They need no network and no cache
+folder.
 
     Metric("f1").compute(predictions=["Paris"], references=[["Paris", "City of Light"]])  ->  {"f1": 1.0}
 
@@ -19,14 +20,15 @@ from longlora_cli.evaluation.scorers import SCORERS, Scorer, check_metrics
 class ScorerMetric(evaluate.Metric):
     """Mean of one scorer over predictions; a subclass names the scorer.
 
-    `compute(predictions=[...], references=[[...], ...])` returns `{key: mean}`. With `per_sample=True` it also holds
-    `per_sample`: `{key: [value of each prediction]}`.
+    `compute(predictions=[...], references=[[...], ...])` returns `{key: mean}`. With `per_sample=True` it
+    also holds `per_sample`: `{key: [value of each prediction]}`.
     """
 
     scorer: Scorer
 
     def __init__(self, **options: Any) -> None:
-        # In memory: a metric that is computed in one go has no use for evaluate's Arrow file in the home folder.
+        # In memory: a metric that is computed in one go has no use for evaluate's Arrow file in the home
+        # folder.
         super().__init__(**{"keep_in_memory": True, **options})
 
     def _info(self) -> evaluate.MetricInfo:

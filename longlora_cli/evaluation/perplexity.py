@@ -1,8 +1,8 @@
 """Exact next-token losses of long texts, and the views of them: micro, macro, bits per byte, by position.
 
-Each token of a text but its first is scored exactly once, in nats, and every table is a sum of those numbers in
-float64. Logits exist for a tile of tokens at a time. A window longer than `chunk` is read in pieces against a KV
-cache, so that memory is the weights, the cache of one window and one piece.
+Each token of a text but its first is scored exactly once, in nats, and every table is a sum of those numbers
+in float64. Logits exist for a tile of tokens at a time. A window longer than `chunk` is read in pieces
+against a KV cache, so that memory is the weights, the cache of one window and one piece.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ class TextLosses:
 
     Args:
         nll: Loss in nats of tokens 1, 2, ... `[tokens - 1]`; the first token has no context and no loss.
-        windows: Sum and count of the losses that each window scored, `[windows, 2]`; the clusters of the interval.
-        curve: Losses of the windows of the curve, `[curve windows, window - 1]`; column `i` had `i + 1` tokens of
-            context.
+        windows: Sum and count of the losses that each window scored, `[windows, 2]`; the clusters of the
+            interval.
+        curve: Losses of the windows of the curve, `[curve windows, window - 1]`; column `i` had `i + 1`
+            tokens of context.
     """
 
     nll: Float32
@@ -66,8 +67,8 @@ def window_losses(loaded: LoadedModel, rows: Tensor, first: Sequence[int], *, ch
         chunk: Most tokens in one forward; a longer window is read in pieces against a cache.
 
     Returns:
-        `[windows, tokens]` on the CPU, float32 (float64 for a float64 model); column `i` is the loss of token `i`, 0
-        where it was not asked for.
+        `[windows, tokens]` on the CPU, float32 (float64 for a float64 model); column `i` is the loss of token
+        `i`, 0 where it was not asked for.
     """
     count, tokens = rows.shape
     rows = rows.to(loaded.device)
@@ -80,14 +81,15 @@ def window_losses(loaded: LoadedModel, rows: Tensor, first: Sequence[int], *, ch
         found = token_losses(hidden.flatten(0, 1), head, labels[:, piece].flatten(), tile_tokens=tile)
         return found.view(count, -1).cpu()
 
-    # Nothing follows the last token, so it need not be read. Positions that depend on the length of the forward
-    # (dynamic NTK) would differ from piece to piece, so these models read a window at once.
+    # Nothing follows the last token, so it need not be read. Positions that depend on the length of the
+    # forward (dynamic NTK) would differ from piece to piece, so these models read a window at once.
     if tokens - 1 <= chunk or depends_on_length(loaded):
         hidden = loaded.hidden(rows[:, :-1], use_cache=False).last_hidden_state
         losses = losses_of(hidden, slice(0, tokens - 1))
     else:
         losses = torch.cat(
-            [losses_of(hidden, piece) for hidden, piece in _read_in_pieces(loaded, rows[:, :-1], chunk)], dim=1
+            [losses_of(hidden, piece) for hidden, piece in _read_in_pieces(loaded, rows[:, :-1], chunk)],
+            dim=1,
         )
     return torch.cat([losses.new_zeros(count, 1), losses], dim=1)
 
@@ -102,7 +104,13 @@ def _read_in_pieces(loaded: LoadedModel, rows: Tensor, chunk: int) -> Iterator[t
 
 
 def score_text(
-    loaded: LoadedModel, ids: Sequence[int], *, window: int, stride: int, chunk: int, advance: Advance | None = None
+    loaded: LoadedModel,
+    ids: Sequence[int],
+    *,
+    window: int,
+    stride: int,
+    chunk: int,
+    advance: Advance | None = None,
 ) -> TextLosses:
     """Score each token of a text but the first exactly once.
 
@@ -189,7 +197,9 @@ def summarize(texts: Sequence[TextLosses], text_bytes: Sequence[int], *, window:
         "nll": nats / tokens,
         "perplexity": math.exp(nats / tokens),
         "ci95": None if interval is None else [math.exp(value) for value in interval],
-        "perplexity_macro": math.exp(math.fsum(s / c for s, c in zip(sums, counts, strict=True)) / len(texts)),
+        "perplexity_macro": math.exp(
+            math.fsum(s / c for s, c in zip(sums, counts, strict=True)) / len(texts)
+        ),
         "bits_per_byte": nats / math.log(2) / sum(text_bytes),
         "bytes": sum(text_bytes),
         **position_curve(texts, window),
@@ -199,10 +209,11 @@ def summarize(texts: Sequence[TextLosses], text_bytes: Sequence[int], *, window:
 def position_curve(texts: Sequence[TextLosses], window: int) -> dict[str, Any]:
     """Loss by the number of tokens of context: `{"by_position", "curve_windows", "curve_source"}`.
 
-    A token's position is how many tokens before it the model saw. The curve is made of full windows that score no
-    token twice, and all of a window's tokens are in it: each bucket `[from, to)` is an average over the same windows,
-    so that buckets differ by context and not by text (`curve_source: full windows`). When every text is shorter than
-    the window, each text as a whole takes the place of a window (`whole texts`), and late buckets hold fewer texts.
+    A token's position is how many tokens before it the model saw. The curve is made of full windows that
+    score no token twice, and all of a window's tokens are in it: each bucket `[from, to)` is an average over
+    the same windows, so that buckets differ by context and not by text (`curve_source: full windows`). When
+    every text is shorter than the window, each text as a whole takes the place of a window (`whole texts`),
+    and late buckets hold fewer texts.
     """
     full = [row for text in texts for row in text.curve]
     rows = full or [text.nll for text in texts]
@@ -263,8 +274,8 @@ def evaluate_chunks(
 ) -> ChunkLosses:
     """Loss of prepared chunks on a model that may be in training; its mode is put back afterwards.
 
-    Labels of -100 do not count, documents do not see each other, and the first token of a document is never scored
-    from the one before. Processes that share the work take parts of `chunks` and add their results.
+    Labels of -100 do not count, documents do not see each other, and the first token of a document is never
+    scored from the one before. Processes that share the work take parts of `chunks` and add their results.
 
     Args:
         loaded: The model.

@@ -1,6 +1,7 @@
 """Scorers: pure functions of a prediction and its references. No files, no models, no state.
 
-A scorer that fails raises; no fault is ever turned into a score of 0. Each has a version that is stored with its
+A scorer that fails raises; no fault is ever turned into a score of 0. Each has a version that is stored with
+its
 results: numbers of different versions are not comparable.
 """
 
@@ -27,7 +28,8 @@ Scores = dict[str, float]
 def normalize_answer(text: str) -> str:
     """Lower case, without ASCII punctuation, without articles, blanks collapsed - in this order.
 
-    The order matters: `U.S.A.` becomes `usa`, and `a-b` becomes `ab` before articles are looked for. Source: the SQuAD
+    The order matters: `U.S.A.` becomes `usa`, and `a-b` becomes `ab` before articles are looked for. Source:
+        the SQuAD
     v1.1 evaluation (Rajpurkar et al. 2016), as LongBench applies it (`metrics.py` at 2e00731).
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
@@ -49,7 +51,8 @@ def same_answer(prediction: str, reference: str) -> float:
 
 
 def holds_answer(prediction: str, reference: str) -> float:
-    """1 when the reference occurs in the prediction, case folded, else 0. An answer that rambles on still counts.
+    """1 when the reference occurs in the prediction, case folded, else 0. An answer that rambles on still
+    counts.
 
     Raises:
         ValueError: The reference is empty: everything would hold it.

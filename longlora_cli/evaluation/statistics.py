@@ -20,8 +20,8 @@ Interval = tuple[float, float]
 def wilson(successes: float, n: int) -> Interval:
     """95 % interval of a share of `n` yes/no results.
 
-    Unlike mean +- 2 standard errors it stays inside [0, 1] and is not empty at 0 % and 100 %: 20 of 20 right is
-    "at least 84 %". Source: Wilson 1927, JASA 22(158).
+    Unlike mean +- 2 standard errors it stays inside [0, 1] and is not empty at 0 % and 100 %: 20 of 20 right
+    is "at least 84 %". Source: Wilson 1927, JASA 22(158).
 
     Raises:
         ValueError: `n` is below 1, or there are more successes than results.

@@ -23,8 +23,9 @@ class Window:
 def plan_windows(tokens: int, window: int, stride: int) -> list[Window]:
     """Windows that score each token but the first exactly once.
 
-    A window begins every `stride` tokens; the last one ends with the text and may be shorter. A token is scored in the
-    first window that reaches it, so it has at least `window - stride` tokens of context once the text is that long.
+    A window begins every `stride` tokens; the last one ends with the text and may be shorter. A token is
+    scored in the first window that reaches it, so it has at least `window - stride` tokens of context once
+    the text is that long.
 
     Args:
         tokens: Length of the text.
@@ -34,13 +35,15 @@ def plan_windows(tokens: int, window: int, stride: int) -> list[Window]:
     Raises:
         ValueError: `stride` is not within 1 and `window`, or `window` is below 2.
 
-    Source: the strided evaluation of the transformers documentation (perplexity.md), with the labels counted exactly.
+    Source: the strided evaluation of the transformers documentation (perplexity.md), with the labels counted
+        exactly.
     """
     if window < 2 or not 1 <= stride <= window:
         raise ValueError(f"window {window}, stride {stride}")
     windows: list[Window] = []
     done = 1  # nothing precedes the first token, so nothing predicts it
-    # With stride == window the first token of each window would have no context: windows then overlap by one token.
+    # With stride == window the first token of each window would have no context: windows then overlap by one
+    # token.
     step = min(stride, window - 1)
     start = 0
     while done < tokens:
@@ -53,7 +56,8 @@ def plan_windows(tokens: int, window: int, stride: int) -> list[Window]:
 def curve_windows(windows: list[Window], window: int) -> list[Window]:
     """Full windows of which no two score the same token: the ones that the curve by position is made of.
 
-    In each of them all tokens are scored, so that every bucket of positions is an average over the same windows.
+    In each of them all tokens are scored, so that every bucket of positions is an average over the same
+    windows.
     """
     chosen: list[Window] = []
     for candidate in windows:

@@ -1,8 +1,8 @@
 """Needles: several facts in one long text, asked one by one. Needs a tokenizer only.
 
-The chats are those that `longlora prepare --synthetic` makes for training (`data/synthetic.py`), from another random
-stream. One fact is asked for in each of `depths` equal parts of the text; the others distract. All questions of one
-sample share their text, so that a model reads it once.
+The chats are those that `longlora prepare --synthetic` makes for training (`data/synthetic.py`), from another
+random stream. One fact is asked for in each of `depths` equal parts of the text; the others distract. All
+questions of one sample share their text, so that a model reads it once.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def needle_questions(
         first_sample: Number of the first sample.
 
     Yields:
-        Questions with the facts `length`, `depth` (middle of the part), `actual_depth` (share of the filler's tokens
-        before the fact) and `sample`.
+        Questions with the facts `length`, `depth` (middle of the part), `actual_depth` (share of the filler's
+        tokens before the fact) and `sample`.
 
     Raises:
         SettingsError: `length` does not hold the facts, or there are fewer facts than depths.
@@ -87,7 +87,8 @@ def _fit(
 ) -> list[Question]:
     """Questions of the longest chat whose every single question and answer fit.
 
-    `make` counts all questions and answers of a chat, but each is asked alone: the text may be longer by the others.
+    `make` counts all questions and answers of a chat, but each is asked alone: the text may be longer by the
+        others.
     """
     budget = length
     best: list[list[int]] | None = None

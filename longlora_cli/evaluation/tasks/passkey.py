@@ -1,8 +1,8 @@
 """Passkey: one five-digit key in a long text, at every depth. Needs a tokenizer only.
 
-Source: Mohtashami and Jaggi 2023, Landmark Attention (arXiv:2305.16300); the sentences here are our own. The samples
-of one length that differ only by depth share their text and come deepest first, so that a cache of what was read
-keeps everything before the next key.
+Source: Mohtashami and Jaggi 2023, Landmark Attention (arXiv:2305.16300); the sentences here are our own. The
+samples of one length that differ only by depth share their text and come deepest first, so that a cache of
+what was read keeps everything before the next key.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from longlora_cli.data.chat_template import encode_prompt
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.haystack import Haystack, Sentence
 from longlora_cli.errors import SettingsError
-from longlora_cli.evaluation.generation import Question
+from longlora_cli.evaluation.generation import Question, Row
 
 TASK = "passkey"
-NOISE = (
-    "The meadow is wide. The clouds are slow. The road is long. The stones are grey. We walk on and nothing happens."
-)
+NOISE = "The meadow is wide. The clouds are slow. The road is long. The stones are grey. We walk on and nothing happens."
 """Filler without meaning, for `--haystack noise`; it measures whether a key is found, not whether text is read."""
 
 _SENTENCE = "The pass key is {key}. Remember it. {key} is the pass key."
@@ -61,8 +59,9 @@ def passkey_questions(
         first_sample: Number of the first sample.
 
     Yields:
-        Questions with the facts `length`, `depth` (nominal), `actual_depth` (share of the filler's tokens before the
-        key) and `sample`.
+        Questions with the facts `length`, `depth` (nominal), `actual_depth` (share of the filler's tokens
+        before the key) and `sample`; `first_word` where the prompt is a text to continue, of which only the
+        first word is the answer.
 
     Raises:
         SettingsError: `length` does not hold the question.
@@ -80,7 +79,9 @@ def passkey_questions(
         for depth in reversed(depth_shares(depths)):
             key = _new_key(rng, filler)
             prompt, actual = _place(tokenizer, filler, counts, depth, key, length - answer_tokens)
-            facts = {"length": length, "depth": depth, "actual_depth": actual, "sample": sample}
+            facts: Row = {"length": length, "depth": depth, "actual_depth": actual, "sample": sample}
+            if not tokenizer.chat_template:
+                facts["first_word"] = True
             yield Question(TASK, prompt, [key], facts)
 
 

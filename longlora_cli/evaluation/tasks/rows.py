@@ -11,7 +11,7 @@ from longlora_cli.data.chat_template import Message, encode_prompt
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.faults import Faults
 from longlora_cli.data.rows import RowFault, checked_text, read_row
-from longlora_cli.errors import NotFoundError
+from longlora_cli.errors import DataError
 from longlora_cli.evaluation.generation import Question
 
 TASK = "generate"
@@ -21,19 +21,19 @@ Row = tuple[int, list[Message], list[str]]
 def read_rows(path: Path, *, max_samples: int | None = None) -> list[Row]:
     """Read and check a .jsonl file: line number, messages up to the answer, references.
 
-    A row has `input` and `outputs` (one text or several that are all right), `prompt` and `completion`, or `messages`
-    (or `conversations`), whose last turn is the assistant's and is the reference.
+    A row has `input` and `outputs` (one text or several that are all right), `prompt` and `completion`, or
+    `messages` (or `conversations`), whose last turn is the assistant's and is the reference.
 
     Args:
         path: The file.
         max_samples: Only this many rows are used; the others are not looked at.
 
     Raises:
-        NotFoundError: There is no such file.
-        DataError: The file is empty, or rows cannot be used; up to 20 faults are told with `file:line`.
+        DataError: There is no such file, it is empty, or rows cannot be used; up to 20 faults are told with
+            `file:line`.
     """
     if not path.is_file():
-        raise NotFoundError(f"there is no file {path}")
+        raise DataError(f"{path}: no such file")
     faults = Faults(str(path))
     rows: list[Row] = []
     with path.open("rb") as file:
@@ -78,7 +78,8 @@ def _references(row: dict[str, Any], messages: list[Message]) -> list[str]:
 def row_questions(rows: list[Row], tokenizer: Any, *, name: str) -> Iterator[Question]:
     """Questions with the fact `row` (`name:line`), in the order of the file.
 
-    With a chat template the prompt is a chat; without one, the texts of the turns, each followed by a newline.
+    With a chat template the prompt is a chat; without one, the texts of the turns, each followed by a
+    newline.
 
     Args:
         rows: From `read_rows`.
