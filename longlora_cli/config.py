@@ -234,11 +234,15 @@ class EvalConfig(RopeSection, ModelSection):
     tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
     out: Path = setting(..., "Folder to make.", short="-o")
     data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
-    haystack: Paths = setting([], "Texts to hide needles in; default: the embedded book.")
+    split: str = setting("test", "Split of a hub or saved dataset.")
+    haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
     lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey and needle.")
     depths: int = setting(5, "Depths from start to end, per length.", ge=1, le=101)
     samples: int = setting(4, "Samples per length and depth.", ge=1)
     needle_facts: int = setting(8, "Facts hidden in one needle sample.", ge=1, le=64)
+    needle_wording: Literal["train", "eval"] = setting(
+        "train", "Needle sentences: the forms that --synthetic data has, or forms it never shows."
+    )
     window: Length = setting(4096, "Perplexity: tokens of one window.", ge=2)
     stride: Length | None = setting(None, "Perplexity: tokens between windows; default: half a window.", ge=1)
     max_tokens: Length | None = setting(None, "Perplexity: read at most this much of each text.", ge=2)
@@ -258,7 +262,12 @@ class EvalConfig(RopeSection, ModelSection):
         grid = bool(tasks & {"passkey", "needle"})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):
             self.needs(name, grid, "it belongs to passkey and needle")
-        self.needs("needle_facts", "needle" in tasks, "it belongs to needle")
+        for name in ("needle_facts", "needle_wording"):
+            self.needs(name, "needle" in tasks, "it belongs to needle")
+        if "needle" in tasks and self.needle_facts < self.depths:
+            raise ValueError(f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one")
+        self.needs("split", bool(self.data or self.haystack), "no dataset is read")
+        self.needs("max_new_tokens", tasks != {"ppl"}, "it belongs to passkey, needle and generate")
         for name in ("window", "stride", "max_tokens"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
         for name in ("metrics", "max_samples"):
