@@ -139,7 +139,9 @@ def open_adapter(folder: Path, layout: Layout) -> Adapter:
 
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
-        raise IncompatibleError(f"{folder} is a {config.peft_type.value} adapter; LoRA and its relatives can be merged")
+        raise IncompatibleError(
+            f"{folder} is a {config.peft_type.value} adapter; LoRA and its relatives can be merged"
+        )
     _refuse_inexact(folder, config)
     files = open_folder(folder, ADAPTER_FILE)
     factors: dict[str, dict[str, StoredTensor]] = {}
@@ -207,9 +209,7 @@ def _missing(
 
     saved = config.modules_to_save or []
     replaced = {m for m in layout.modules if any(m == n or m.endswith(f".{n}") for n in saved)}
-    expected = {
-        f"{module}.weight": module in {n.removesuffix(".weight") for n in whole} for module in replaced
-    }
+    expected = {n: n in whole for n in layout.parameters if n.rsplit(".", 1)[0] in replaced}
     targets = {m for m in layout.adaptable - replaced if check_target_module_exists(config, m)}
     expected |= {f"{module}.lora_A": module in factors for module in targets}
     return [f"{_PREFIX}{name}" for name, found in expected.items() if not found]
@@ -262,7 +262,7 @@ class _PissaResidual:
         matrix = base.rows(0, base.shape[0])
         left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
         principal = (left[:, :rank] * values[:rank]).double() @ right[:rank].double()
-        self._rows = round_once(matrix.sub_(principal), dtype)
+        self._rows = round_once(matrix - principal, dtype)
 
     def rows(self, first: int, last: int) -> Tensor:
         return self._rows[first:last].double()
@@ -282,4 +282,6 @@ def refuse_changed_copies(adapter: Adapter, base: TensorFolder) -> None:
         for first in range(0, matrix_shape(copy.shape)[0], 1024):
             last = min(first + 1024, copy.shape[0])
             if not torch.equal(copy.read(first, last).to(stored.dtype), stored.read(first, last)):
-                raise IncompatibleError(f"{adapter.folder} was trained over another {module} than its base has")
+                raise IncompatibleError(
+                    f"{adapter.folder} was trained over another {module} than its base has"
+                )

@@ -33,6 +33,9 @@ class Seen:
     dtype: torch.dtype
 
 
+ORIGINAL = Seen("none", torch.float32)
+
+
 class Nf4Rows:
     """The NF4 version of a stored matrix, equal bit for bit to quantizing it whole.
 
@@ -64,7 +67,8 @@ class Nf4Rows:
         packed, state = self._quantize(first, last)
         begin = first * self.shape[1] // _NF4_BLOCK  # whole: blocks of rows start at multiples of 64
         state.absmax = self._scales[begin : begin + len(state.absmax)].contiguous()
-        return bnb.dequantize_4bit(packed, state).view(last - first, self.shape[1]).double()
+        block: Tensor = bnb.dequantize_4bit(packed, state)
+        return block.view(last - first, self.shape[1]).double()
 
 
 class Int8Rows:
@@ -82,14 +86,17 @@ def int8_round_trip(rows: Tensor) -> Tensor:
     import bitsandbytes.functional as bnb
 
     codes, scales, _ = bnb.int8_vectorwise_quant(rows.half())
-    return codes.double() * (scales.double()[:, None] / 127)
+    matrix: Tensor = codes.double() * (scales.double()[:, None] / 127)
+    return matrix
 
 
 def nf4_round_trip(matrix: Tensor) -> Tensor:
     """Quantize a whole matrix to NF4 with double quantization and back, in its own dtype."""
     import bitsandbytes.functional as bnb
 
-    packed, state = bnb.quantize_4bit(matrix, blocksize=_NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+    packed, state = bnb.quantize_4bit(
+        matrix, blocksize=_NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+    )
     result: Tensor = bnb.dequantize_4bit(packed, state).view_as(matrix)
     return result
 

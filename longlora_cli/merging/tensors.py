@@ -240,10 +240,10 @@ class OutputTensor:
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 -> `dtype`, correctly rounded (ties to even).
 
-    torch converts float64 to 16 bits by way of float32, which rounds twice: a value just beside the middle of two
-    16-bit neighbours can first land on the middle and then on the wrong side. Such values have 12 zero bits at the end
-    of their float32 form; for them the intermediate is rounded to odd instead, which makes the second rounding exact
-    (Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd").
+    torch converts float64 to 16 bits by way of float32, which rounds twice: a value just beside the middle of
+    two 16-bit neighbours can first land on the middle and then on the wrong side. Such values have 12 zero bits
+    at the end of their float32 form; for them the intermediate is rounded to odd instead, which makes the second
+    rounding exact (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819).
     """
     if dtype.itemsize >= 4 or not dtype.is_floating_point:
         return values.to(dtype)
@@ -288,7 +288,7 @@ def write_model(
         _write_file(folder / file, shards[0], advance)
         return
     stem, _, ending = file.rpartition(".")
-    placed = {}
+    placed: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}"
         _write_file(folder / name, shard, advance)
