@@ -230,12 +230,17 @@ def _load_seen(base: Base, rope: RopeRecord | None, seen: Seen) -> Any:
     return model
 
 
-def _load_source(ingredient: Ingredient, seen: Seen) -> Any:
+def _load_source(ingredient: Ingredient, seen: Seen, *, untie: bool) -> Any:
     from peft import PeftModel
 
     if ingredient.adapter is None:
         return _load(ingredient.base.folder, ingredient.rope)
     model = _load_seen(ingredient.base, ingredient.rope, seen)
+    if untie and not ingredient.adapter.config.ensure_weight_tying:
+        # Merging factors of an embedding in memory, PEFT would change a head that shares its tensor too.
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
     return PeftModel.from_pretrained(model, str(ingredient.adapter.folder)).eval()
 
 
@@ -245,11 +250,11 @@ def _reference(plan: MergePlan) -> Any:
 
     ingredients, weights, seen = plan.ingredients, plan.weights, plan.seen
     if list(weights) == [1.0]:
-        return _load_source(ingredients[0], seen)
+        return _load_source(ingredients[0], seen, untie=False)
     total: dict[str, Tensor] = {}
     first = ingredients[0]
     for ingredient, weight in zip(ingredients, weights, strict=True):
-        model = _load_source(ingredient, seen)
+        model = _load_source(ingredient, seen, untie=True)
         _add(total, model.merge_and_unload() if ingredient.adapter else model, weight)
     if all(i.adapter is not None for i in ingredients):
         _add(total, _load_seen(first.base, first.rope, seen), 1.0 - sum(weights))

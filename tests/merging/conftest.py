@@ -94,15 +94,21 @@ def load_plain() -> Callable[[Path], Any]:
 
 
 @pytest.fixture
-def load_adapted() -> Callable[[Path], Any]:
-    """The adapter on its base through PEFT, float32, with the positions of its record."""
+def load_adapted() -> Callable[..., Any]:
+    """The adapter on its base through PEFT, float32, with the positions of its record.
 
-    def load(adapter: Path) -> Any:
+    `untie` parts the head from the embedding first: merging in memory, PEFT would change both through one tensor.
+    """
+
+    def load(adapter: Path, *, untie: bool = False) -> Any:
         record = AdapterRecord.read(adapter)
         assert record is not None
         config = AutoConfig.from_pretrained(record.base)
         RopeRecord.from_json(record.rope).apply(config)
         model = AutoModelForCausalLM.from_pretrained(record.base, config=config, dtype=torch.float32)
+        if untie:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            model.config.tie_word_embeddings = False
         return PeftModel.from_pretrained(model, str(adapter)).eval()
 
     return load
