@@ -241,15 +241,19 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 -> `dtype`, correctly rounded (ties to even).
 
     torch converts float64 to 16 bits by way of float32, which rounds twice: a value just beside the middle of
-    two 16-bit neighbours can first land on the middle and then on the wrong side. Such values have 12 zero bits
-    at the end of their float32 form; for them the intermediate is rounded to odd instead, which makes the second
-    rounding exact (Boldo and Melquiond 2008, doi:10.1109/TC.2007.70819).
+    two 16-bit neighbours can first land on the middle and then on the wrong side. Where the float32 form is such
+    a middle, it is rounded to odd instead, which makes the second rounding exact (Boldo and Melquiond 2008,
+    doi:10.1109/TC.2007.70819).
     """
-    if dtype.itemsize >= 4 or not dtype.is_floating_point:
+    if dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)
     middle = values.to(torch.float32)
     bits = middle.view(torch.int32)
-    suspects = ((bits & 0xFFF) == 0).nonzero(as_tuple=True)
+    if dtype == torch.bfloat16:
+        on_middle = (bits & 0xFFFF) == 0x8000
+    else:  # below 2^-14, float16 keeps fewer bits than the 11 of its normal numbers: all are looked at
+        on_middle = ((bits & 0x1FFF) == 0x1000) | (middle.abs() < 2.0**-14)
+    suspects = on_middle.nonzero(as_tuple=True)
     exact, near = values[suspects], middle[suspects]
     inexact = (near.double() != exact) & exact.isfinite()
     towards_zero = bits[suspects] - (near.double().abs() > exact.abs()).int()
