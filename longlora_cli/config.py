@@ -8,6 +8,7 @@ which a setting would have no effect. Nothing here imports torch, looks at a GPU
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -316,7 +317,7 @@ class MergeConfig(Section):
     )
     base_weights: Literal["auto", "original", "dequantized"] = setting(
         "auto",
-        "Add an adapter to the original base or to the dequantized one it was trained on; auto: the latter for NF4.",
+        "Add an adapter to the original base, or to the dequantized one it was trained on; auto: as it was trained.",
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Number format; auto: the base's.")
     keep_adapter: bool = setting(False, "Mixing adapters: write an adapter instead of a whole model.")
@@ -326,4 +327,8 @@ class MergeConfig(Section):
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(f"{len(self.weights)} --weights for {len(self.sources)} sources; give one each")
         self.needs("weights", len(self.sources) > 1, "one source is not mixed")
+        self.needs("keep_adapter", len(self.sources) > 1 or not self.keep_adapter, "one source is not mixed")
+        self.needs("base_weights", not self.keep_adapter, "a mixed adapter holds no base weights")
+        if any(not math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"--weights {self.weights}: not all are finite numbers")
         return self

@@ -15,6 +15,7 @@ from longlora_cli.console import Console
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.errors import Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
+from longlora_cli.evaluation.during_training import check_eval_data, make_evaluator
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_device, load_model
@@ -44,6 +45,7 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
             f"--optimizer {config.optimizer} has no effect on a CPU: there is no GPU memory to page out of",
             hint="Use --optimizer adamw_8bit.",
         )
+    check_eval_data(config)
     mesh = Mesh.start(device)
     try:
         data = ChunkDataset.open_all(config.data)
@@ -177,11 +179,7 @@ def _run_trainer(
     pad = loaded.tokenizer.pad_token_id
     pad_id = pad if pad is not None else loaded.tokenizer.eos_token_id or 0
     meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device)
-    evaluator = None
-    if config.eval_data is not None:
-        from longlora_cli.evaluation.during_training import make_evaluator
-
-        evaluator = make_evaluator(config, loaded, mesh)
+    evaluator = make_evaluator(config, loaded, mesh) if config.eval_data is not None else None
     trainer = LongContextTrainer(
         config, loaded, data, partial(collate, pad_id=pad_id), record, mesh, meter, evaluator
     )
