@@ -266,7 +266,9 @@ class EvalConfig(RopeSection, ModelSection):
         for name in ("needle_facts", "needle_wording"):
             self.needs(name, "needle" in tasks, "it belongs to needle")
         if "needle" in tasks and self.needle_facts < self.depths:
-            raise ValueError(f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one")
+            raise ValueError(
+                f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
+            )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
         self.needs("max_new_tokens", tasks != {"ppl"}, "it belongs to passkey, needle and generate")
         for name in ("window", "stride", "max_tokens"):

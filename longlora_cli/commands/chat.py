@@ -33,7 +33,9 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         Interrupted: Ctrl-C, after what was said so far is shown.
     """
     if console.json_mode and config.prompt is None and not dry_run:
-        raise SettingsError("--json needs a question", hint="Give it with -p TEXT, or -p - for standard input.")
+        raise SettingsError(
+            "--json needs a question", hint="Give it with -p TEXT, or -p - for standard input."
+        )
     # In a pipe the answer alone goes to standard output; a console in JSON mode tells the rest on standard error.
     notes = console if console.rich.is_terminal and not console.json_mode else Console(json_mode=True)
     question = None if config.prompt is None else _question(config.prompt)

@@ -192,7 +192,9 @@ class Terminal:
         session, last = self.chat.session, self.chat.last
         held = len(session.ids)
         tell = self.chat.notes.print
-        tell(f"  context  {held:,} of {session.context_length:,} tokens ({held / session.context_length:.0%})")
+        tell(
+            f"  context  {held:,} of {session.context_length:,} tokens ({held / session.context_length:.0%})"
+        )
         tell(f"  KV       {size(session.kv_bytes)}, {size(session.kv_bytes_for(1))} a token")
         tell(f"  turns    {self.chat.conversation.turns}")
         if last is not None:

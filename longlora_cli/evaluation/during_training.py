@@ -81,7 +81,7 @@ def _perplexity(config: TrainConfig, path: Path, loaded: LoadedModel, mesh: Mesh
 
 
 def _generation(config: TrainConfig, path: Path, loaded: LoadedModel, mesh: Mesh) -> Evaluator:
-    questions = list(read_questions([path], loaded.tokenizer, max_samples=config.eval_samples))
+    questions = read_questions(path, loaded.tokenizer, max_samples=config.eval_samples)
     metrics = load_metrics(_METRICS)
     mine = questions[mesh.rank :: mesh.world]
 

@@ -135,9 +135,7 @@ def test_crop_to_nothing_is_an_empty_cache(tiny):
     prefill(tiny, random_ids(20, seed=1), cache, chunk=20)
     crop(cache, 0)
     assert cache_length(cache) == 0
-    torch.testing.assert_close(
-        prefill(tiny, ids, cache, chunk=4), plain_logits(tiny, ids), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(prefill(tiny, ids, cache, chunk=4), plain_logits(tiny, ids), rtol=0, atol=1e-5)
 
 
 def test_no_tokens_are_refused(tiny):
