@@ -14,7 +14,8 @@ from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.errors import Interrupted, LongLoRAError, NumericError, Terminated
+from longlora_cli.errors import Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
+from longlora_cli.evaluation.during_training import check_eval_data, make_evaluator
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_device, load_model
@@ -38,7 +39,14 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         NumericError: A loss or gradient is not finite.
         Interrupted, Terminated: Asked to stop; the state was saved.
     """
-    mesh = Mesh.start(choose_device(config.device))
+    device = choose_device(config.device)
+    if config.optimizer.startswith("paged") and device.type == "cpu":
+        raise SettingsError(
+            f"--optimizer {config.optimizer} has no effect on a CPU: there is no GPU memory to page out of",
+            hint="Use --optimizer adamw_8bit.",
+        )
+    check_eval_data(config)
+    mesh = Mesh.start(device)
     try:
         data = ChunkDataset.open_all(config.data)
         context_length = _context_length(config, data)
@@ -50,6 +58,7 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         }
         if dry_run:
             return _describe(config, data, context_length, console)
+        mesh.from_main(lambda: Run.refuse_strangers(config.out))
         with ExitStack() as stack:
             mesh.from_main(lambda: stack.enter_context(folder_lock(config.out)) or True)
             run_folder = mesh.from_main(lambda: Run.open(config, write_recipe("train", config), facts))
@@ -62,8 +71,6 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
 
 
 def _context_length(config: TrainConfig, data: ChunkDataset) -> int:
-    from longlora_cli.errors import SettingsError
-
     if config.max_length is not None and config.max_length < data.longest_chunk:
         raise SettingsError(
             f"--max-length {config.max_length:,} is below the longest chunk of the data, {data.longest_chunk:,} tokens",
@@ -72,16 +79,28 @@ def _context_length(config: TrainConfig, data: ChunkDataset) -> int:
     return config.max_length or data.longest_chunk
 
 
-def _describe(config: TrainConfig, data: ChunkDataset, context_length: int, console: Console) -> dict[str, Any]:
+def _describe(
+    config: TrainConfig, data: ChunkDataset, context_length: int, console: Console
+) -> dict[str, Any]:
     per_step = config.batch_size * config.accumulate
     steps = config.steps or max(1, round(config.epochs * len(data) / per_step))
-    facts = {"chunks": len(data), "context_length": context_length, "steps": steps, "chunks_per_step": per_step}
+    facts = {
+        "chunks": len(data),
+        "context_length": context_length,
+        "steps": steps,
+        "chunks_per_step": per_step,
+    }
     console.table("would train", ["", ""], facts.items())
     return {"dry_run": True, **facts}
 
 
 def _train(
-    config: TrainConfig, console: Console, mesh: Mesh, run_folder: Run, data: ChunkDataset, context_length: int
+    config: TrainConfig,
+    console: Console,
+    mesh: Mesh,
+    run_folder: Run,
+    data: ChunkDataset,
+    context_length: int,
 ) -> dict[str, Any]:
     newest, faults = mesh.from_main(lambda: checkpoint.newest(config.out))
     for fault in faults:
@@ -107,7 +126,11 @@ def _train(
             )
         raise
     if mesh.is_main:
-        result |= {"context_length": context_length, "rope": loaded.rope.to_json(), "trainable": _trainable(loaded)}
+        result |= {
+            "context_length": context_length,
+            "rope": loaded.rope.to_json(),
+            "trainable": _trainable(loaded),
+        }
         # The note first: a run without an adapter resumes, but one with an adapter is never looked at again.
         run_folder.note(status="finished", step=result["steps"], exit_code=0, result=result)
         with atomic_folder(run_folder.adapter, "adapter", {"step": result["steps"]}) as staging:
@@ -156,11 +179,7 @@ def _run_trainer(
     pad = loaded.tokenizer.pad_token_id
     pad_id = pad if pad is not None else loaded.tokenizer.eos_token_id or 0
     meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device)
-    evaluator = None
-    if config.eval_data is not None:
-        from longlora_cli.evaluation.during_training import make_evaluator
-
-        evaluator = make_evaluator(config, loaded, mesh)
+    evaluator = make_evaluator(config, loaded, mesh) if config.eval_data is not None else None
     trainer = LongContextTrainer(
         config, loaded, data, partial(collate, pad_id=pad_id), record, mesh, meter, evaluator
     )
@@ -182,9 +201,13 @@ def _run_trainer(
             run_folder.note(status="running", step=int(newest.name[5:]) if newest else 0)
         outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if signals.received == signal.SIGINT:
-        raise Interrupted(f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes.")
+        raise Interrupted(
+            f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes."
+        )
     if signals.received is not None:
-        raise Terminated(f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes.")
+        raise Terminated(
+            f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes."
+        )
     final = trainer.evaluate() if evaluator else {}
     losses = [row["loss"] for row in rows if "loss" in row]
     return {"steps": int(outcome.global_step), "last_loss": losses[-1] if losses else None, **final}

@@ -29,7 +29,9 @@ class LogLines(TrainerCallback):  # type: ignore[misc]
         """Move the progress bar."""
         self.advance(1)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Pass a line on."""
         if state.is_world_process_zero and logs:
             self.receive({"step": state.global_step, **logs})

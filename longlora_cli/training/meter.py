@@ -11,7 +11,14 @@ import torch
 from longlora_cli.models.loading import ModelFacts
 
 # Dense bf16 TFLOP/s as the makers state them, for MFU; unknown chips get no MFU.
-_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40": 181.0, "RTX 4090": 165.0, "RTX 3090": 71.0}
+_PEAK_TFLOPS = {
+    "H100": 989.0,
+    "H200": 989.0,
+    "A100": 312.0,
+    "L40": 181.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
 
 
 def training_flops(facts: ModelFacts, linear_parameters: int, document_lengths: list[int]) -> float:

@@ -53,17 +53,11 @@ class Run:
             facts: Hashes of data and base.
 
         Raises:
-            SettingsError: The folder holds another run, or something else.
+            SettingsError: The folder holds another run.
             IntegrityError: The data or the base changed under the run.
         """
         folder, run = config.out, cls(config.out, facts)
         if not (folder / RUN_STATE).is_file():
-            strangers = [p.name for p in folder.iterdir() if p.name not in (".lock", RECIPE)] if folder.is_dir() else []
-            if strangers:
-                raise SettingsError(
-                    f"{folder} is not empty and holds no run ({strangers[0]})",
-                    hint="Choose another --out.",
-                )
             write_text(folder / RECIPE, recipe)
             run.note(status="started", step=0)
             return run
@@ -79,6 +73,17 @@ class Run:
                     hint="Put it back, or start a new run in another --out.",
                 )
         return run
+
+    @staticmethod
+    def refuse_strangers(folder: Path) -> None:
+        """Raise `SettingsError` when the folder holds files and no run."""
+        if not folder.is_dir() or (folder / RUN_STATE).is_file():
+            return
+        for path in folder.iterdir():
+            if path.name not in (".lock", RECIPE):  # a run that was killed before its first note has these
+                raise SettingsError(
+                    f"{folder} is not empty and holds no run ({path.name})", hint="Choose another --out."
+                )
 
     def _refuse_other_settings(self, config: TrainConfig) -> None:
         stored = yaml.safe_load((self.folder / RECIPE).read_text(encoding="utf-8"))["train"]
@@ -103,7 +108,8 @@ class Run:
     def note(self, *, status: str, step: int, **more: Any) -> None:
         """Write `run.json`: `started`, `running`, `finished`, `stopped` or `failed`, and what belongs to it."""
         write_json(
-            self.folder / RUN_STATE, {"format": 1, "status": status, "step": step, "facts": self.facts, **more}
+            self.folder / RUN_STATE,
+            {"format": 1, "status": status, "step": step, "facts": self.facts, **more},
         )
 
     @property

@@ -97,7 +97,9 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
             model=loaded.model,
             args=training_arguments(config, loaded, mesh),
             train_dataset=data,
-            eval_dataset=data if evaluator else None,  # only tells Trainer that there is something to evaluate
+            eval_dataset=data
+            if evaluator
+            else None,  # only tells Trainer that there is something to evaluate
             data_collator=collate,
         )
         # The loss divides by the step's label count over micro-batches and processes, not by Trainer.
