@@ -68,6 +68,12 @@ def test_a_value_that_the_text_holds_already_is_drawn_again(
     assert chat.facts[0].answer == wordings._CITIES[0]
 
 
+def test_a_text_of_every_number_is_refused() -> None:
+    taken = " ".join(str(number) for number in range(10_000, 100_000))
+    with pytest.raises(DataError, match="nearly every five-digit number"):
+        wordings.draw_value(random.Random(0), templates("train")[0], "train", taken)
+
+
 def test_questions_and_bare_answers_take_turns(haystack: Haystack, chatml: Any) -> None:
     chat = make(haystack, chatml, facts=6, questions=3, length=1500)
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 3
