@@ -33,8 +33,11 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         Interrupted: Ctrl-C, after what was said so far is shown.
     """
     if console.json_mode and config.prompt is None and not dry_run:
-        raise SettingsError("--json needs a question", hint="Give it with -p TEXT, or -p - for standard input.")
-    # In a pipe the answer alone goes to standard output; a console in JSON mode tells the rest on standard error.
+        raise SettingsError(
+            "--json needs a question", hint="Give it with -p TEXT, or -p - for standard input."
+        )
+    # In a pipe the answer alone goes to standard output; a console in JSON mode tells the rest on standard
+    # error.
     notes = console if console.rich.is_terminal and not console.json_mode else Console(json_mode=True)
     question = None if config.prompt is None else _question(config.prompt)
     texts = [text for path in config.file for text in read_texts(path)]
@@ -85,7 +88,8 @@ def checked_question(text: str) -> str:
 def read_texts(path: Path) -> list[tuple[str, str]]:
     """Name and text of a file, or of each document in a folder.
 
-    What no document reader knows is read as plain text, and so are lines of JSON: a person asks about the file.
+    What no document reader knows is read as plain text, and so are lines of JSON: a person asks about the
+    file.
 
     Raises:
         DataError: Nothing there, or not UTF-8; the byte is told.

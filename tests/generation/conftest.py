@@ -77,9 +77,12 @@ def make_loaded(
         "tied": lambda: load(make_folder("tied")),
         "untied": lambda: load(make_folder("untied", tie_word_embeddings=False)),
         "sliding": lambda: load(
-            make_folder("sliding", family="qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+            make_folder(
+                "sliding", family="qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1
+            )
         ),
         "adapter": adapted,
+        "bf16": lambda: load(make_folder("bf16"), dtype="bf16"),
         "nf4": lambda: load(make_folder("nf4"), quantization="nf4"),
         "dynamic": lambda: load(make_folder("dynamic", max_position_embeddings=32, rope_parameters=dynamic)),
     }

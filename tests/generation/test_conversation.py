@@ -34,7 +34,9 @@ def test_an_answer_is_fed_back_by_the_ids_it_was_made_of(tokenizer):
     conversation.keep(prompt, "the secret", said)
     second = conversation.ask("and?").ids
     assert second[: len(prompt.ids) + len(said)] == prompt.ids + said
-    assert tokenizer.decode(second) == tokenizer.decode(encode_prompt(tokenizer, messages_of(conversation, "and?")))
+    assert tokenizer.decode(second) == tokenizer.decode(
+        encode_prompt(tokenizer, messages_of(conversation, "and?"))
+    )
 
 
 def messages_of(conversation, question):
