@@ -47,7 +47,8 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     files = [conversation.attach(name, text) for name, text in texts]
     for file in files:
         notes.print(f"{file.name}: {file.tokens:,} tokens")
-    budget = _first_budget(conversation, question or "", config, outline)
+    prompt = conversation.ask(question or "")
+    budget = _first_budget(len(prompt.ids), config, outline)
     if dry_run:
         notes.print(budget.describe())
         return _plan(config, outline, budget, {file.name: file.tokens for file in files})
@@ -56,7 +57,7 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     session = Session(loaded, prefill_chunk=config.prefill_chunk, context_length=config.max_length)
     chat = Chat(config, console, notes, conversation, session)
     if question is not None:
-        return chat.answer_once(question)
+        return chat.answer_once(prompt)
     from longlora_cli.commands.chat_terminal import Terminal
 
     Terminal(chat).converse()
@@ -110,11 +111,8 @@ def _as_text(content: str | list[dict[str, str]]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
 
 
-def _first_budget(
-    conversation: Conversation, question: str, config: ChatConfig, outline: ModelOutline
-) -> Budget:
+def _first_budget(prompt_tokens: int, config: ChatConfig, outline: ModelOutline) -> Budget:
     """The budget of the first question; weights are still to be loaded."""
-    prompt_tokens = len(conversation.ask(question).ids)
     needed = prompt_tokens + config.max_new_tokens
     kv_bytes = needed * outline.facts.kv_bytes_per_token(outline.element_bytes)
     return Budget(
@@ -172,9 +170,9 @@ class Chat:
         self._stop_ids = stop_ids(session.loaded)
         self._sampler = make_sampler(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
 
-    def answer_once(self, question: str) -> dict[str, Any]:
+    def answer_once(self, prompt: Prompt) -> dict[str, Any]:
         """Answer one question and report it; what `--json` prints."""
-        answer = self.answer(question)
+        answer = self.answer(prompt)
         if answer.finish == "interrupted":
             raise Interrupted(f"interrupted after {len(answer.ids):,} tokens")
         return {
@@ -207,8 +205,8 @@ class Chat:
             free_bytes=free_bytes(self.session.loaded.device),
         )
 
-    def answer(self, question: str) -> Answer:
-        """Ask, show the answer while it comes, and keep both.
+    def answer(self, prompt: Prompt) -> Answer:
+        """Ask what the conversation made a prompt of, show the answer while it comes, and keep both.
 
         An answer that was stopped before its first token is not kept, and neither is its question.
 
@@ -216,7 +214,6 @@ class Chat:
             SettingsError: Too long for the context; nothing was run.
             ResourceError: Too large for the memory; nothing was run.
         """
-        prompt = self.conversation.ask(question)
         budget = self.budget(prompt)
         refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
         if prompt.attachments or self.last is None:

@@ -126,7 +126,7 @@ class Terminal:
         if not question.strip():
             return
         self._unanswered = checked_question(question)
-        answer = self.chat.answer(question)
+        answer = self.chat.answer(self.chat.conversation.ask(question))
         if answer.ids or answer.finish != "interrupted":
             self._unanswered = None
 

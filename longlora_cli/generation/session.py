@@ -143,7 +143,7 @@ class Session:
         return tokens * self.loaded.facts.kv_bytes_per_token(element_bytes)
 
     def reusable(self, ids: Sequence[int]) -> int:
-        """How many of these tokens need not be run. The last one is: its logits choose the first new token."""
+        """How many of these tokens need not be run. The last always is, for its logits."""
         if depends_on_length(self.loaded):
             return 0
         common = 0
