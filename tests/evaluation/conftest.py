@@ -64,3 +64,13 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("texts") / "book.txt"
     path.write_text(make_text(400), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def answerers() -> Callable[..., Oracle | Null | Parrot]:
+    """`answerers(kind, questions, decode)` for the kinds oracle, null and parrot."""
+
+    def make(kind: str, questions: Sequence[Question], decode: Callable[[list[int]], str]) -> Oracle | Null | Parrot:
+        return {"oracle": lambda: Oracle(questions), "null": Null, "parrot": lambda: Parrot(decode)}[kind]()
+
+    return make
