@@ -12,7 +12,25 @@ from longlora_cli.config import ModelSection
 from longlora_cli.evaluation.generation import Answer, Question
 from longlora_cli.models.loading import LoadedModel, load_model
 
-WORDS = "river mill wind stone old quiet walked slept under over bridge they time wisdom age worst best".split()
+WORDS = [
+    "river",
+    "mill",
+    "wind",
+    "stone",
+    "old",
+    "quiet",
+    "walked",
+    "slept",
+    "under",
+    "over",
+    "bridge",
+    "they",
+    "time",
+    "wisdom",
+    "age",
+    "worst",
+    "best",
+]
 
 
 def make_text(sentences: int, seed: int = 0) -> str:
@@ -55,7 +73,9 @@ class Parrot:
 @pytest.fixture(scope="session")
 def tiny_loaded(tiny_model_folder: Path) -> LoadedModel:
     """The tiny model in float32 on the CPU."""
-    return load_model(ModelSection(model=str(tiny_model_folder), dtype="fp32", device="cpu"), context_length=512)
+    return load_model(
+        ModelSection(model=str(tiny_model_folder), dtype="fp32", device="cpu"), context_length=512
+    )
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +90,9 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answerers() -> Callable[..., Oracle | Null | Parrot]:
     """`answerers(kind, questions, decode)` for the kinds oracle, null and parrot."""
 
-    def make(kind: str, questions: Sequence[Question], decode: Callable[[list[int]], str]) -> Oracle | Null | Parrot:
+    def make(
+        kind: str, questions: Sequence[Question], decode: Callable[[list[int]], str]
+    ) -> Oracle | Null | Parrot:
         return {"oracle": lambda: Oracle(questions), "null": Null, "parrot": lambda: Parrot(decode)}[kind]()
 
     return make

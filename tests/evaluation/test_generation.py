@@ -58,7 +58,9 @@ def test_finished_rows_are_not_asked_again(tmp_path, answerers):
     answerer = answerers("oracle", GRID, None)
     journal = Journal(tmp_path / "journal.jsonl")
     first = list(predict(answerer, GRID[:5], max_new_tokens=8, settings="m", journal=journal))
-    again = list(predict(answerer, GRID, max_new_tokens=8, settings="m", journal=Journal(tmp_path / "journal.jsonl")))
+    again = list(
+        predict(answerer, GRID, max_new_tokens=8, settings="m", journal=Journal(tmp_path / "journal.jsonl"))
+    )
     assert answerer.asked == len(GRID)
     assert again[:5] == first
 

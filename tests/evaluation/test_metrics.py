@@ -3,7 +3,7 @@ from __future__ import annotations
 import evaluate
 import pytest
 
-from longlora_cli.evaluation.metrics import METRICS, Accuracy, F1, Rouge, load_metrics
+from longlora_cli.evaluation.metrics import F1, METRICS, Accuracy, Rouge, load_metrics
 from longlora_cli.evaluation.scorers import SCORERS
 
 PREDICTIONS = ["Paris", "the cat sat", "no"]

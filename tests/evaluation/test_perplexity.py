@@ -110,7 +110,9 @@ def test_micro_macro_and_bits_per_byte_are_their_formulas():
 
 
 def test_buckets_hold_the_tokens_that_had_that_much_context():
-    curve = np.tile(np.arange(1, 300, dtype=np.float32), (2, 1)) / 100  # a token with c of context costs c/100
+    curve = (
+        np.tile(np.arange(1, 300, dtype=np.float32), (2, 1)) / 100
+    )  # a token with c of context costs c/100
     found = summarize([as_losses([1.0], curve, window=300)], [1], window=300)
     means = {(b["from"], b["to"]): (b["n"], b["nll"]) for b in found["by_position"]}
     assert means[0, 128] == (254, pytest.approx(np.arange(1, 128).mean() / 100))

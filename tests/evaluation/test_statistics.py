@@ -7,7 +7,13 @@ from longlora_cli.evaluation.statistics import bootstrap_ratio, mean, share, wil
 
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    [(20, 20, 83.9, 100), (18, 20, 69.9, 97.2), (10, 20, 29.9, 70.1), (450, 500, 87.1, 92.3), (0, 50, 0, 7.1)],
+    [
+        (20, 20, 83.9, 100),
+        (18, 20, 69.9, 97.2),
+        (10, 20, 29.9, 70.1),
+        (450, 500, 87.1, 92.3),
+        (0, 50, 0, 7.1),
+    ],
 )
 def test_wilson_gives_the_published_intervals(successes, n, low, high):
     found = [100 * value for value in wilson(successes, n)]

@@ -72,7 +72,9 @@ def test_the_answer_stands_at_its_depth(haystack, tokenizer, make):
 def test_a_seed_repeats_its_samples_and_another_makes_others(haystack, tokenizer, make):
     first, again, other = (make(haystack, tokenizer, seed=seed) for seed in (0, 0, 1))
     assert [q.prompt for q in first] == [q.prompt for q in again]
-    assert not {q.references[0] for q in first} & {q.references[0] for q in other if q.references[0].isdigit()}
+    assert not {q.references[0] for q in first} & {
+        q.references[0] for q in other if q.references[0].isdigit()
+    }
     late = make(haystack, tokenizer, samples=1, first_sample=1)
     assert [q.prompt for q in late] == [q.prompt for q in first if q.facts["sample"] == 1]
 
