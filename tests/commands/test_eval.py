@@ -170,7 +170,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tiny_model_folder, book, 
         data=[bad_row],
         metrics=["rogue"],
     )
-    with pytest.raises(SettingsError, match="did you mean rouge?"):
+    with pytest.raises(SettingsError, match=r"did you mean rouge\?"):
         run(config)
     assert not (tmp_path / "result").exists()
     assert not list(tmp_path.glob(".*"))

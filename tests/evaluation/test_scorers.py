@@ -109,7 +109,7 @@ def test_a_text_equals_itself_and_more_references_never_lower_a_score(name):
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_name():
-    with pytest.raises(SettingsError, match="exact_mach: unknown metric; did you mean exact_match?"):
+    with pytest.raises(SettingsError, match=r"exact_mach: unknown metric; did you mean exact_match\?"):
         check_metrics(["f1", "exact_mach"])
     with pytest.raises(SettingsError, match="--metrics is empty"):
         check_metrics([])

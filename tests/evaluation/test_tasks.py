@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 from transformers import AutoTokenizer
@@ -82,7 +83,7 @@ def test_a_seed_repeats_its_samples_and_another_makes_others(haystack, tokenizer
 @MAKERS
 def test_questions_of_one_sample_follow_each_other_and_share_what_can_be_kept(haystack, tokenizer, make):
     questions = make(haystack, tokenizer, samples=1, length=1500)
-    for before, after in zip(questions, questions[1:], strict=False):
+    for before, after in pairwise(questions):
         common = next(i for i, (a, b) in enumerate(zip(before.prompt, after.prompt, strict=False)) if a != b)
         needed = 0.95 if make is needles else after.facts["actual_depth"] * 0.9
         assert common >= needed * len(after.prompt)
