@@ -8,6 +8,7 @@ which a setting would have no effect. Nothing here imports torch, looks at a GPU
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,7 +86,8 @@ class ModelSection(Section):
         "auto", "Number format of weights and computation; auto: bf16 on a GPU that has it, else fp32."
     )
     quantization: Literal["auto", "none", "nf4", "int8"] = setting(
-        "auto", "Base weights: 4-bit NF4, 8-bit or as they are; auto: as a run was trained, NF4 for training above 1B parameters."
+        "auto",
+        "Base weights: NF4 (4-bit), int8 or none; auto: as a run was trained, NF4 to train above 1B parameters.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute; auto: a GPU if there is one.")
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = setting(
@@ -125,12 +127,14 @@ class PrepareConfig(Section):
     model: str = setting("builtin", "Model whose tokenizer and chat template are used.", short="-m")
     max_length: Length = setting(4096, "Tokens per chunk, such as 4096 or 32k.", ge=8)
     min_length: Length = setting(0, "Leave out documents and pieces with fewer tokens.", ge=0)
-    overlap: Length = setting(0, "Tokens that consecutive pieces of a split document share.", ge=0)
+    overlap: Length = setting(0, "Tokens that consecutive pieces of a split document share, learnt once.", ge=0)
     on_long: Literal["split", "truncate", "drop", "error"] = setting(
         "split", "What to do with documents longer than a chunk; chats are never split."
     )
     pack: bool = setting(True, "Put several short documents into one chunk, isolated from each other.")
-    labels: Literal["assistant", "all"] = setting("assistant", "Which tokens of chats are learnt; texts: all.")
+    labels: Literal["assistant", "all"] = setting(
+        "assistant", "Which tokens of chats are learnt; texts: all."
+    )
     synthetic: Names = setting([], "Retrieval chats to add: needle=COUNT, hidden in the input documents.")
     synthetic_length: Length | None = setting(
         None, "Longest synthetic chat; lengths vary below it. Default: --max-length.", ge=64
@@ -207,7 +211,9 @@ class TrainConfig(OptimSection, AdapterSection, RopeSection, ModelSection):
     keep_checkpoints: int = setting(2, "Newest checkpoints kept.", ge=1)
     eval_data: Path | None = setting(None, "Held-out prepared data (perplexity) or .jsonl (generation).")
     eval_every: int = setting(0, "Steps between evaluations; 0: only at the end.", ge=0)
-    eval_method: Literal["perplexity", "generation"] = setting("perplexity", "How to evaluate during training.")
+    eval_method: Literal["perplexity", "generation"] = setting(
+        "perplexity", "How to evaluate during training."
+    )
     eval_samples: int | None = setting(None, "Evaluate at most this many chunks or rows.", ge=1)
     eval_new_tokens: int = setting(64, "Longest answer in evaluation by generation.", ge=1)
     report_to: Names = setting([], "Loggers of transformers.Trainer: tensorboard, wandb, ...")
@@ -216,7 +222,9 @@ class TrainConfig(OptimSection, AdapterSection, RopeSection, ModelSection):
     def _evaluation_has_data(self) -> TrainConfig:
         for name in ("eval_every", "eval_method", "eval_samples"):
             self.needs(name, self.eval_data is not None, "there is no --eval-data")
-        self.needs("eval_new_tokens", self.eval_method == "generation", "it belongs to --eval-method generation")
+        self.needs(
+            "eval_new_tokens", self.eval_method == "generation", "it belongs to --eval-method generation"
+        )
         return self
 
 
@@ -249,14 +257,18 @@ class EvalConfig(RopeSection, ModelSection):
     def _settings_have_an_effect(self) -> EvalConfig:
         tasks = set(self.tasks)
         if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
-            raise ValueError(f"--tasks knows ppl, passkey, needle, generate; not {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"--tasks knows ppl, passkey, needle, generate; not {', '.join(sorted(unknown))}"
+            )
         grid = bool(tasks & {"passkey", "needle"})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):
             self.needs(name, grid, "it belongs to passkey and needle")
         for name in ("needle_facts", "needle_wording"):
             self.needs(name, "needle" in tasks, "it belongs to needle")
         if "needle" in tasks and self.needle_facts < self.depths:
-            raise ValueError(f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one")
+            raise ValueError(
+                f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
+            )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
         self.needs("max_new_tokens", tasks != {"ppl"}, "it belongs to passkey, needle and generate")
         for name in ("window", "stride", "max_tokens"):
@@ -267,7 +279,9 @@ class EvalConfig(RopeSection, ModelSection):
         if "generate" in tasks and not self.data:
             raise ValueError("--tasks generate needs --data FILE.jsonl")
         if self.stride is not None and self.stride > self.window:
-            raise ValueError(f"--stride {self.stride} is above --window {self.window}: tokens would be skipped")
+            raise ValueError(
+                f"--stride {self.stride} is above --window {self.window}: tokens would be skipped"
+            )
         return self
 
 
@@ -278,6 +292,9 @@ class ChatConfig(RopeSection, ModelSection):
     file: Paths = setting([], "Text to read before the conversation.", short="-f")
     prompt: str | None = setting(None, "Ask once and exit; '-' reads standard input.", short="-p")
     system: str | None = setting(None, "System message.")
+    max_length: Length | None = setting(
+        None, "Most tokens of conversation; default: what the model or run was made for.", ge=8
+    )
     max_new_tokens: int = setting(512, "Longest answer.", ge=1)
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied.", ge=0)
     top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", gt=0, le=1)
@@ -294,14 +311,15 @@ class ChatConfig(RopeSection, ModelSection):
 class MergeConfig(Section):
     """Put adapters into their base, or mix checkpoints of one architecture."""
 
-    sources: list[str] = setting(
-        ..., "Runs, adapter folders, checkpoints or model folders.", positional=True
-    )
+    sources: list[str] = setting(..., "Runs, adapter folders, checkpoints or model folders.", positional=True)
     out: Path = setting(..., "Folder to make.", short="-o")
     weights: Numbers = setting([], "One weight per source; default: equal shares.")
-    model: str | None = setting(None, "Base model of the adapters; default: the one they were trained on.", short="-m")
+    model: str | None = setting(
+        None, "Base model of the adapters; default: the one they were trained on.", short="-m"
+    )
     base_weights: Literal["auto", "original", "dequantized"] = setting(
-        "auto", "Add an adapter to the original base or to the dequantized one it was trained on; auto: the latter for NF4."
+        "auto",
+        "Add an adapter to the original base, or to the dequantized one it was trained on; auto: as it was trained.",
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Number format; auto: the base's.")
     keep_adapter: bool = setting(False, "Mixing adapters: write an adapter instead of a whole model.")
@@ -311,4 +329,8 @@ class MergeConfig(Section):
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(f"{len(self.weights)} --weights for {len(self.sources)} sources; give one each")
         self.needs("weights", len(self.sources) > 1, "one source is not mixed")
+        self.needs("keep_adapter", len(self.sources) > 1 or not self.keep_adapter, "one source is not mixed")
+        self.needs("base_weights", not self.keep_adapter, "a mixed adapter holds no base weights")
+        if any(not math.isfinite(weight) for weight in self.weights):
+            raise ValueError(f"--weights {self.weights}: not all are finite numbers")
         return self

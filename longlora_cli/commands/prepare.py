@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
-
-import numpy as np
 
 from longlora_cli.config import PrepareConfig
 from longlora_cli.console import Advance, Console
@@ -180,7 +179,7 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
         ("longest chunk, tokens", summary["longest_chunk"]),
     ]
     needed = {"tokens read", "tokens in chunks", "tokens learnt", "chunks", "longest chunk, tokens"}
-    console.table("", ["", ""], [row for row in rows if row[1] or row[0] in needed])
+    console.table("", ["Prepared", ""], [row for row in rows if row[1] or row[0] in needed])
     console.print(f"Chunks are {summary['fill']:.1%} full; {trained:.1%} of the tokens are learnt.")
     console.print("Pieces by length in tokens:")
     most = max(row["pieces"] for row in summary["histogram"])
@@ -190,5 +189,5 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
 
 
 def _bar(share: float) -> str:
-    eighths = int(np.ceil(share * _BAR_WIDTH * 8))
-    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+    eighths = math.ceil(share * _BAR_WIDTH * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

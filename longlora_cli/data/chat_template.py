@@ -78,18 +78,22 @@ def render_chats(
     """
     encoder = safe_encoder(tokenizer)
     layouts = [_layout(tokenizer, messages, add_generation_prompt, encoder) for messages in chats]
-    texts = [
-        "".join(p.text if p.message is not None else encoder.secret(p.text) for p in ps) for ps in layouts
-    ]
-    encodings = encoder.encode_with_offsets(texts)
+    encodings = encoder.encode_with_offsets([_text(parts, encoder) for parts in layouts])
     # Templates without an end token go straight on to the next turn, which BOS opens: that is not for the
     # assistant.
     next_turn = None if tokenizer.bos_token_id == tokenizer.eos_token_id else tokenizer.bos_token_id
+    gap = _answer_gap(tokenizer)
     rendered = []
     for messages, parts, encoding in zip(chats, layouts, encodings, strict=True):
         ids = encoder.ids(encoding)
-        rendered.append((ids, _labels(messages, parts, ids, encoding.offsets, encoder, next_turn)))
+        rendered.append((ids, _labels(messages, parts, ids, encoding.offsets, encoder, gap, next_turn)))
     return rendered
+
+
+def count_tokens(tokenizer: Any, messages: list[Message]) -> int:
+    """Tokens of a rendered chat."""
+    encoder = safe_encoder(tokenizer)
+    return len(encoder.encode_batch([_text(_layout(tokenizer, messages, False, encoder), encoder)])[0])
 
 
 def require_template(tokenizer: Any) -> None:
@@ -100,6 +104,11 @@ def require_template(tokenizer: Any) -> None:
             rule="Chats are rendered with the model's own template, never with a guessed one.",
             hint="Choose an instruct or chat model with --model, or give texts instead of chats.",
         )
+
+
+def _text(parts: list[_Part], encoder: SafeEncoder) -> str:
+    """What is encoded: contents as they are, the template's special tokens by their secret names."""
+    return "".join(encoder.secret(p.text) if p.message is None else p.text for p in parts)
 
 
 def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool) -> str:
@@ -196,12 +205,29 @@ def _content(rendered: str, place: int, content: str, following: str, encoder: S
     return content
 
 
+def _answer_gap(tokenizer: Any) -> str:
+    """The spaces that the template puts between the prompt for an answer and the answer.
+
+    `[/INST] answer` is prompted for by `[/INST]`, so that the model has to write the space too.
+    """
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+    try:
+        prompt = _render(tokenizer, [question], True)
+        whole = _render(tokenizer, [question, answer], False)
+    except DataError:
+        return ""
+    start = whole.rfind("answer")
+    gap = whole[len(prompt) : start] if whole.startswith(prompt) else ""
+    return gap if not gap.strip() else ""
+
+
 def _labels(
     messages: list[Message],
     parts: list[_Part],
     ids: Int32,
     offsets: list[tuple[int, int]],
     encoder: SafeEncoder,
+    gap: str,
     next_turn: int | None,
 ) -> Int32:
     """Labels of one encoded chat; the offsets count characters with special tokens by their secret names."""
@@ -211,9 +237,9 @@ def _labels(
     for index, part in enumerate(parts):
         end = place + len(part.text if part.message is not None else encoder.secret(part.text))
         if part.message is not None and messages[part.message]["role"] == "assistant":
-            # A token may also cover the template's space before the content; the model writes that token.
-            inside = (spans[:, 1] > place) & (spans[:, 0] < end)
-            learnt |= inside
+            # A token may cover both the template's text and the content; the model writes that token.
+            start = place - len(gap) * parts[index - 1].text.endswith(gap)
+            learnt |= (spans[:, 1] > start) & (spans[:, 0] < end)
             before_end = np.flatnonzero(spans[:, 0] < end)
             stop = int(before_end[-1]) + 1 if len(before_end) else 0
             learnt[stop : _after_end_token(ids, stop, parts[index + 1].text, encoder, next_turn)] = True

@@ -133,7 +133,8 @@ def _folder(path: Path, split: str) -> Source:
         raise DataError(f"{path} is {what}, not documents", hint=hint)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_dataset(path, split)
-    files, left_out = [], []
+    files: list[Path] = []
+    left_out: list[Path] = []
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for file in (Path(folder) / name for name in sorted(names) if not name.startswith(".")):

@@ -14,7 +14,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from longlora_cli.data.chat_template import Message, render_chat
+from longlora_cli.data.chat_template import Message, count_tokens
 from longlora_cli.data.haystack import Haystack, Sentence
 from longlora_cli.data.wordings import Template, Wording, draw_keys, draw_value, templates
 from longlora_cli.errors import DataError
@@ -102,7 +102,7 @@ def make_retrieval_chat(
         raise ValueError(f"{questions} questions, {facts} facts, depths {depths}")
     key = f"{stream}:{seed}:{index}"
     plan = _Plan.draw(facts, questions, key, depths, wording)
-    bare = _tokens(tokenizer, plan.messages([], [], plan.facts("")))
+    bare = count_tokens(tokenizer, plan.messages([], [], plan.facts("")))
     if bare > length:
         raise DataError(
             f"{facts} facts and {questions} questions need {bare} tokens, more than {length}",
@@ -130,7 +130,7 @@ def make_training_chat(
     key = f"train:{seed}:{index}"
     plan = _Plan.draw(facts, questions, key, None, "train")
     # A twentieth more than the facts need: values that the context holds already are drawn again.
-    needed = _tokens(tokenizer, plan.messages([], [], plan.facts(""))) * 21 // 20
+    needed = count_tokens(tokenizer, plan.messages([], [], plan.facts(""))) * 21 // 20
     shortest = min(longest, max(int(longest * _SHORTEST_SHARE), needed))
     share = random.Random(f"{key}:length").random()
     length = round(shortest * (longest / shortest) ** share)
@@ -201,10 +201,6 @@ class _Plan:
         return messages
 
 
-def _tokens(tokenizer: Any, messages: list[Message]) -> int:
-    return len(render_chat(tokenizer, messages).ids)
-
-
 def _take(
     haystack: Haystack, tokenizer: Any, rng: random.Random, budget: int
 ) -> tuple[list[Sentence], list[int]]:
@@ -226,7 +222,7 @@ def _fit(
     """Use as many of the sentences as fit, the last one cut at a word."""
     facts = plan.facts(" ".join(sentence.text for sentence in sentences))
     ends = list(itertools.accumulate(counts, initial=0))
-    bare = _tokens(tokenizer, plan.messages([], [], facts))
+    bare = count_tokens(tokenizer, plan.messages([], [], facts))
     budget, best = length - bare, None
     for _ in range(_TRIES):
         if budget < 0:
@@ -234,7 +230,7 @@ def _fit(
         filler, filler_ends = _cut(sentences, ends, budget)
         gaps = [_nearest(filler_ends, depth) for depth in plan.depths]
         messages = plan.messages(filler, gaps, facts)
-        tokens = _tokens(tokenizer, messages)
+        tokens = count_tokens(tokenizer, messages)
         if tokens <= length and (best is None or tokens > best.tokens):
             total = max(filler_ends[-1], 1)
             placed = [replace(f, depth=filler_ends[gap] / total) for f, gap in zip(facts, gaps, strict=True)]

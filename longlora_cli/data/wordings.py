@@ -92,10 +92,9 @@ def draw_keys(rng: random.Random, count: int, wording: Wording) -> list[str]:
     """`count` different adjective-noun pairs; no two share their noun as long as there are nouns enough."""
     nouns = list(_NOUNS if wording == "train" else _EVAL_NOUNS)
     rng.shuffle(nouns)
-    adjectives = {noun: rng.sample(ADJECTIVES, len(ADJECTIVES)) for noun in nouns}
-    return [
-        f"{adjectives[n][i // len(nouns)]} {n}" for i, n in ((i, nouns[i % len(nouns)]) for i in range(count))
-    ]
+    adjectives = {noun: rng.sample(ADJECTIVES, len(ADJECTIVES)) for noun in nouns[:count]}
+    rounds = [divmod(number, len(nouns)) for number in range(count)]
+    return [f"{adjectives[nouns[noun]][turn]} {nouns[noun]}" for turn, noun in rounds]
 
 
 def draw_value(rng: random.Random, template: Template, wording: Wording, taken: str) -> tuple[Template, str]:

@@ -1,0 +1,330 @@
+"""Tensors on disk, read and written a block of rows at a time.
+
+safetensors files are read with `preadv` instead of memory maps: a mapped page counts as resident memory, so that two
+mapped 1.2 GB models cost 3.8 GB while blocks cost 0.1 GB. Files are written header first, which is possible because
+all names, shapes and dtypes are known before the first byte. The format is safetensors' own: eight bytes of header
+length, a JSON header, then the bodies in the header's order (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longlora_cli.errors import IntegrityError, NotFoundError, SecurityError
+
+MODEL_FILE = "model.safetensors"
+MODEL_INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+# A block holds about this many elements: 8 MiB in float64, and few enough copies of it live at once.
+BLOCK_ELEMENTS = 1 << 20
+_ROW_STEP = 64  # blocks are whole multiples of NF4's block of 64 values, whatever the number of columns
+_HEADER_LIMIT = 100_000_000  # safetensors' own limit
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Rows(Protocol):
+    """A matrix that is computed when it is asked for, a block of rows at a time."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), `[last - first, columns]` in float64."""
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """A tensor of any rank as rows and columns: the last axis is the columns, a vector is one column."""
+    if len(shape) < 2:
+        return (shape[0] if shape else 1, 1)
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows, shape[-1]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: `file` from byte `offset` on."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        rows, columns = matrix_shape(self.shape)
+        return rows * columns * self.dtype.itemsize
+
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows `first` to `last` of the matrix view, `[rows, columns]` in the stored dtype."""
+        rows, columns = matrix_shape(self.shape)
+        last = rows if last is None else last
+        width = columns * self.dtype.itemsize
+        buffer = bytearray((last - first) * width)
+        if not buffer:
+            return torch.empty(last - first, columns, dtype=self.dtype)
+        _read_into(buffer, self.file, self.offset + first * width)
+        return torch.frombuffer(buffer, dtype=self.dtype).view(last - first, columns)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """A stored tensor as `Rows`."""
+
+    tensor: StoredTensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return matrix_shape(self.tensor.shape)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.tensor.read(first, last).double()
+
+
+class SharedRows:
+    """Computes each block once although several sources ask for it in turn."""
+
+    def __init__(self, source: Rows) -> None:
+        self._source = source
+        self._block: tuple[int, int, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._source.shape
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """The block; the caller must not change it in place."""
+        if self._block is None or self._block[:2] != (first, last):
+            self._block = (first, last, self._source.rows(first, last))
+        return self._block[2]
+
+
+def _read_into(buffer: bytearray, path: Path, offset: int) -> None:
+    view = memoryview(buffer)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise IntegrityError(f"{path} ends at byte {offset + done:,}, in the middle of a tensor")
+            done += count
+    finally:
+        os.close(descriptor)
+
+
+def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Ranges of rows that together cover a matrix, each about `BLOCK_ELEMENTS` large and a multiple of 64 rows."""
+    rows, columns = shape
+    step = max(_ROW_STEP, BLOCK_ELEMENTS // max(columns, 1) // _ROW_STEP * _ROW_STEP)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+@dataclass(frozen=True)
+class TensorFolder:
+    """The safetensors files of a folder; only their headers are read until a tensor is asked for."""
+
+    folder: Path
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, sorted."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_folder(folder: Path, file: str = MODEL_FILE) -> TensorFolder:
+    """Read the headers of a model folder (one file, or shards with an index) or of one named file in it.
+
+    Raises:
+        NotFoundError: There are no safetensors.
+        IntegrityError: A header cannot be read, or the index and the files differ; the tensor is named.
+        SecurityError: The index points outside the folder.
+    """
+    index = folder / MODEL_INDEX
+    if (folder / file).is_file():
+        return TensorFolder(folder, _read_header(folder / file))
+    if file != MODEL_FILE or not index.is_file():
+        raise NotFoundError(
+            f"{folder} has no {file}",
+            rule="Only safetensors are read; pickled weights (.bin, .pt) could run foreign code.",
+        )
+    try:
+        placed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(placed.values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise IntegrityError(f"{index} is damaged: {error}") from error
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        if Path(name).name != name:
+            raise SecurityError(f"{index} names the file {name!r} outside its folder")
+        if not (folder / name).is_file():
+            raise IntegrityError(f"{folder / name} is missing", rule=f"{index.name} lists it.")
+        tensors |= _read_header(folder / name)
+    if differing := sorted(set(placed) ^ set(tensors)):
+        raise IntegrityError(f"{index} and its files differ: {', '.join(differing[:3])}")
+    return TensorFolder(folder, tensors)
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+            header: dict[str, Any] = json.loads(file.read(length))
+        found = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            tensor = StoredTensor(
+                name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + begin
+            )
+            if begin < 0 or end - begin != tensor.nbytes or tensor.offset + tensor.nbytes > size:
+                raise ValueError(f"{name} does not fit its bytes")
+            found[name] = tensor
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path} is damaged or of an unknown kind: {error}") from error
+    return found
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the result.
+
+    Args:
+        name: Its name in the model.
+        shape: Any rank.
+        dtype: What the float64 rows are rounded to, once.
+        open: Makes the rows when the tensor's turn comes, so that only one tensor's factors live at a time; or the
+            stored tensor itself, whose bytes are copied when the dtype is the same.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    open: Callable[[], Rows | StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk."""
+        rows, columns = matrix_shape(self.shape)
+        return rows * columns * self.dtype.itemsize
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 -> `dtype`, correctly rounded (ties to even).
+
+    torch converts float64 to 16 bits by way of float32, which rounds twice: a value just beside the middle of
+    two 16-bit neighbours can first land on the middle and then on the wrong side. Where the float32 form is such
+    a middle, it is rounded to odd instead, which makes the second rounding exact (Boldo and Melquiond 2008,
+    doi:10.1109/TC.2007.70819).
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return values.to(dtype)
+    middle = values.to(torch.float32)
+    bits = middle.view(torch.int32)
+    if dtype == torch.bfloat16:
+        on_middle = (bits & 0xFFFF) == 0x8000
+    else:  # below 2^-14, float16 keeps fewer bits than the 11 of its normal numbers: all are looked at
+        on_middle = ((bits & 0x1FFF) == 0x1000) | (middle.abs() < 2.0**-14)
+    suspects = on_middle.nonzero(as_tuple=True)
+    exact, near = values[suspects], middle[suspects]
+    inexact = (near.double() != exact) & exact.isfinite()
+    towards_zero = bits[suspects] - (near.double().abs() > exact.abs()).int()
+    bits[suspects] = torch.where(inexact, towards_zero | 1, bits[suspects])
+    return middle.to(dtype)
+
+
+def write_model(
+    folder: Path,
+    outputs: Sequence[OutputTensor],
+    *,
+    advance: Callable[[int], None],
+    file: str = MODEL_FILE,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write tensors as safetensors into a staging folder: one file, or shards with an index.
+
+    Memory is one block of rows and one tensor's low-rank factors, whatever the model's size.
+
+    Args:
+        folder: Where the files go.
+        outputs: The tensors; written in this order.
+        advance: Called with the number of bytes just written.
+        file: Name of the file when one is enough.
+        shard_bytes: A file ends before it would hold more than this.
+    """
+    shards: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for output in outputs:
+        if shards[-1] and filled + output.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(output)
+        filled += output.nbytes
+    if len(shards) == 1:
+        _write_file(folder / file, shards[0], advance)
+        return
+    stem, _, ending = file.rpartition(".")
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}"
+        _write_file(folder / name, shard, advance)
+        placed |= {output.name: name for output in shard}
+    index = {"metadata": {"total_size": sum(o.nbytes for o in outputs)}, "weight_map": placed}
+    (folder / f"{file}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_file(path: Path, outputs: Sequence[OutputTensor], advance: Callable[[int], None]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for output in outputs:
+        begin, end = end, end + output.nbytes
+        header[output.name] = {
+            "dtype": _NAMES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # bodies start on a multiple of 8, as readers that map the file like it
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for output in outputs:
+            source = output.open()
+            for first, last in blocks(matrix_shape(output.shape)):
+                data = _block(source, first, last, output.dtype).contiguous().view(torch.uint8).numpy()
+                stream.write(data.data)
+                advance(data.nbytes)
+
+
+def _block(source: Rows | StoredTensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(source, StoredTensor):
+        stored = source.read(first, last)
+        return stored if stored.dtype == dtype else round_once(stored.double(), dtype)
+    return round_once(source.rows(first, last), dtype)
