@@ -30,7 +30,9 @@ def make_base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: P
     """Save a random 2-layer decoder with its tokenizer; `family`, `seed`, `dtype` and config changes by keyword."""
     made: dict[str, Path] = {}
 
-    def make(seed: int = 0, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    def make(
+        seed: int = 0, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> Path:
         key = f"{seed} {family} {dtype} {changes}"
         if key in made:
             return made[key]

@@ -61,7 +61,9 @@ def test_old_readers_find_the_same_positions(make_base, make_adapter, merge, kin
     assert config["rope_parameters"] == parameters
     assert config["max_position_embeddings"] == length
     assert config["rope_theta"] == parameters["rope_theta"]
-    assert {k: v for k, v in scaling.items() if k != "type"} | {"rope_theta": config["rope_theta"]} == parameters
+    assert {k: v for k, v in scaling.items() if k != "type"} | {
+        "rope_theta": config["rope_theta"]
+    } == parameters
     assert config["rope_scaling"] is None or scaling["type"] == scaling["rope_type"]
 
 

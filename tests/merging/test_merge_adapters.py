@@ -118,7 +118,12 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda t: t.update({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 64)}), "layers.7"),
+        (
+            lambda t: t.update(
+                {"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(4, 64)}
+            ),
+            "layers.7",
+        ),
         (lambda t: t.update({f"{Q0}.lora_C.weight": torch.ones(4)}), "lora_C"),
         (lambda t: t.pop(f"{Q0}.lora_A.weight"), Q0),
         (lambda t: (t.pop(f"{Q0}.lora_A.weight"), t.pop(f"{Q0}.lora_B.weight")), Q0),
@@ -140,7 +145,12 @@ def test_an_adapter_tensor_without_a_place_or_a_place_without_a_tensor_is_refuse
 
 @pytest.mark.parametrize(
     "key, value",
-    [("bias", "all"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "olora"), ("fan_in_fan_out", True)],
+    [
+        ("bias", "all"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("fan_in_fan_out", True),
+    ],
 )
 def test_adapters_without_an_exact_merge_are_refused(make_base, make_adapter, merge, key, value):
     adapter = make_adapter(make_base())
@@ -217,7 +227,9 @@ def test_the_folder_carries_recipe_hashes_card_and_manifest(make_base, make_adap
     assert result["probe_summary"] in card
 
 
-def test_a_result_that_computes_something_else_is_not_kept(make_base, make_adapter, merge, monkeypatch, tmp_path):
+def test_a_result_that_computes_something_else_is_not_kept(
+    make_base, make_adapter, merge, monkeypatch, tmp_path
+):
     from longlora_cli.merging.adapters import Adapter
 
     adapter = make_adapter(make_base(dtype=torch.bfloat16))

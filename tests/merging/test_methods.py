@@ -86,7 +86,9 @@ def test_every_element_is_the_float64_sum_rounded_once(make_base, merge, dtype):
 def test_rounding_is_right_where_two_roundings_are_wrong(dtype):
     unit = torch.finfo(dtype).eps
     middle = 1 + unit / 2  # between two neighbours; a tie goes to 1, anything above to 1 + unit
-    values = torch.tensor([middle, middle + 1e-12, middle - 1e-12, -(middle + 1e-12), 3 * middle], dtype=torch.float64)
+    values = torch.tensor(
+        [middle, middle + 1e-12, middle - 1e-12, -(middle + 1e-12), 3 * middle], dtype=torch.float64
+    )
     expected = torch.tensor([1.0, 1 + unit, 1.0, -(1 + unit)], dtype=torch.float64)
     assert torch.equal(round_once(values, dtype)[:4].double(), expected)
     assert float(values[1].to(dtype)) == 1.0  # what two roundings make of it
@@ -136,7 +138,9 @@ def test_a_source_with_weight_zero_cannot_spread_its_infinities(make_base, merge
     from longlora_cli.merging.plan import plan_model, read_ingredients
     from longlora_cli.merging.quantized import ORIGINAL
 
-    plan = plan_model(read_ingredients([str(base), str(broken)], None), [1, 0], METHODS["linear"], ORIGINAL, "auto")
+    plan = plan_model(
+        read_ingredients([str(base), str(broken)], None), [1, 0], METHODS["linear"], ORIGINAL, "auto"
+    )
     norm = next(o for o in plan.outputs if o.name == "model.norm.weight")
     assert bool(norm.open().rows(0, 64).isfinite().all())
 

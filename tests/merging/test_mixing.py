@@ -14,7 +14,10 @@ VARIANTS = {
     "plain": [{}, {}],
     "unequal ranks": [{"r": 2}, {"r": 8, "lora_alpha": 3}],
     "rslora and lora": [{"use_rslora": True, "r": 16}, {}],
-    "patterns": [{"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 1}}, {"alpha_pattern": {"q_proj": 5}}],
+    "patterns": [
+        {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 1}},
+        {"alpha_pattern": {"q_proj": 5}},
+    ],
     "different targets": [{"target_modules": ["q_proj"]}, {"target_modules": ["v_proj", "down_proj"]}],
     "different layers": [{"layers_to_transform": [0]}, {"layers_to_transform": [1]}],
     "norms in one": [{"modules_to_save": ["norm", "input_layernorm"]}, {}],
@@ -25,7 +28,10 @@ VARIANTS = {
         {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         {"modules_to_save": ["embed_tokens"]},
     ],
-    "lora on embeddings": [{"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["embed_tokens"], "r": 3}],
+    "lora on embeddings": [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens"], "r": 3},
+    ],
 }
 
 
@@ -52,7 +58,11 @@ def test_a_mixed_model_is_the_base_and_the_weighted_deltas(
     base = make_base()
     pair = [make_adapter(base, seed=s, **settings) for s, settings in enumerate(VARIANTS[variant])]
     merged, _ = merge(*pair, weights=shares)
-    expected = mixture(weights_of(load_plain(base)), [weights_of(load_adapted(a, untie="lora on" in variant)) for a in pair], shares)
+    expected = mixture(
+        weights_of(load_plain(base)),
+        [weights_of(load_adapted(a, untie="lora on" in variant)) for a in pair],
+        shares,
+    )
     found = weights_of(load_plain(merged))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=2e-6, atol=2e-7, msg=name)
@@ -66,7 +76,11 @@ def test_a_mixed_adapter_is_exact_and_peft_loads_it(
     base, shares = make_base(), [0.7, 0.3]
     pair = [make_adapter(base, seed=s, **settings) for s, settings in enumerate(VARIANTS[variant])]
     mixed, result = merge(*pair, weights=shares, keep_adapter=True)
-    expected = mixture(weights_of(load_plain(base)), [weights_of(load_adapted(a, untie="lora on" in variant)) for a in pair], shares)
+    expected = mixture(
+        weights_of(load_plain(base)),
+        [weights_of(load_adapted(a, untie="lora on" in variant)) for a in pair],
+        shares,
+    )
     found = weights_of(load_adapted(mixed, untie="lora on" in variant))
     plain = weights_of(load_plain(base))
 
@@ -91,7 +105,9 @@ def test_the_mixed_factors_alone_are_exact_to_one_in_a_million(make_base, make_a
     assert float((product(mixed) - exact).norm() / exact.norm()) <= 1e-6
 
 
-@pytest.mark.parametrize(("settings", "kind"), [({"use_dora": True}, "dora"), ({"init_lora_weights": "pissa"}, "pissa")])
+@pytest.mark.parametrize(
+    ("settings", "kind"), [({"use_dora": True}, "dora"), ({"init_lora_weights": "pissa"}, "pissa")]
+)
 def test_what_has_no_low_rank_mixture_is_mixed_whole_or_refused(
     make_base, make_adapter, merge, load_plain, load_adapted, settings, kind
 ):

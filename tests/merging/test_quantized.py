@@ -124,7 +124,9 @@ def test_unquantized_runs_have_no_dequantized_base(make_base, make_adapter, merg
         merge(make_adapter(make_base()), base_weights="dequantized")
 
 
-def test_adapters_of_differently_quantized_runs_use_the_original_base_and_say_so(make_base, make_adapter, merge):
+def test_adapters_of_differently_quantized_runs_use_the_original_base_and_say_so(
+    make_base, make_adapter, merge
+):
     base = make_base()
     pair = [make_adapter(base, quantization="nf4"), make_adapter(base, seed=1)]
     _, result = merge(*pair)

@@ -71,14 +71,18 @@ def test_a_cut_off_file_is_refused(folder, cut):
 
 def test_an_index_may_not_point_outside_its_folder(folder):
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../outside.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../outside.safetensors"}})
+    )
     with pytest.raises(SecurityError, match="outside"):
         open_folder(folder)
 
 
 def test_an_index_that_lists_a_missing_tensor_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "part.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"z": "part.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"z": "part.safetensors"}})
+    )
     with pytest.raises(IntegrityError, match="differ: a"):
         open_folder(folder)
 
@@ -122,7 +126,11 @@ LARGE = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096, "
 @pytest.mark.parametrize("kind", ["two models", "adapter", "nf4 adapter"])
 def test_merging_needs_the_same_memory_whatever_the_size(make_base, make_adapter, tmp_path, kind):
     base = make_base(dtype=torch.bfloat16, **LARGE)
-    sources = [base, base] if kind == "two models" else [make_adapter(base, r=64, target_modules=["q_proj", "up_proj"])]
+    sources = (
+        [base, base]
+        if kind == "two models"
+        else [make_adapter(base, r=64, target_modules=["q_proj", "up_proj"])]
+    )
     needed, written = growth(base, sources, tmp_path / "out", "nf4" if kind == "nf4 adapter" else "none")
     assert written >= 100
     assert needed <= 100
