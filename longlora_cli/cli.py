@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -19,7 +19,8 @@ COMMANDS = {
     "chat": "base or run -> a conversation over long documents",
     "merge": "adapters, runs, models -> one plain model folder",
 }
-_USAGE_ERROR = typer.BadParameter.__mro__[1]  # Typer ships its own Click and exports only this subclass
+# Typer ships its own Click and exports only this subclass of its usage error.
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 
 def build_app(arguments: list[str]) -> typer.Typer:
@@ -80,7 +81,8 @@ def _run(arguments: list[str]) -> int:
     except _USAGE_ERROR as error:
         command = f" {name}" if name in COMMANDS else ""
         raise SettingsError(
-            error.format_message(), hint=f"See longlora{command} --help."  # type: ignore[attr-defined]
+            error.format_message(),
+            hint=f"See longlora{command} --help.",  # type: ignore[attr-defined]
         ) from error
     except typer.Abort as error:
         raise Interrupted("interrupted") from error

@@ -86,7 +86,8 @@ class ModelSection(Section):
         "auto", "Number format of weights and computation; auto: bf16 on a GPU that has it, else fp32."
     )
     quantization: Literal["auto", "none", "nf4", "int8"] = setting(
-        "auto", "Base weights: 4-bit NF4, 8-bit or as they are; auto: as a run was trained, NF4 for training above 1B parameters."
+        "auto",
+        "Base weights: NF4 (4-bit), int8 or none; auto: as a run was trained, NF4 to train above 1B parameters.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute; auto: a GPU if there is one.")
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = setting(
@@ -131,7 +132,9 @@ class PrepareConfig(Section):
         "split", "What to do with documents longer than a chunk; chats are never split."
     )
     pack: bool = setting(True, "Put several short documents into one chunk, isolated from each other.")
-    labels: Literal["assistant", "all"] = setting("assistant", "Which tokens of chats are learnt; texts: all.")
+    labels: Literal["assistant", "all"] = setting(
+        "assistant", "Which tokens of chats are learnt; texts: all."
+    )
     synthetic: Names = setting([], "Retrieval chats to add: needle=COUNT, hidden in the input documents.")
     synthetic_length: Length | None = setting(
         None, "Longest synthetic chat; lengths vary below it. Default: --max-length.", ge=64
@@ -208,7 +211,9 @@ class TrainConfig(OptimSection, AdapterSection, RopeSection, ModelSection):
     keep_checkpoints: int = setting(2, "Newest checkpoints kept.", ge=1)
     eval_data: Path | None = setting(None, "Held-out prepared data (perplexity) or .jsonl (generation).")
     eval_every: int = setting(0, "Steps between evaluations; 0: only at the end.", ge=0)
-    eval_method: Literal["perplexity", "generation"] = setting("perplexity", "How to evaluate during training.")
+    eval_method: Literal["perplexity", "generation"] = setting(
+        "perplexity", "How to evaluate during training."
+    )
     eval_samples: int | None = setting(None, "Evaluate at most this many chunks or rows.", ge=1)
     eval_new_tokens: int = setting(64, "Longest answer in evaluation by generation.", ge=1)
     report_to: Names = setting([], "Loggers of transformers.Trainer: tensorboard, wandb, ...")
@@ -217,7 +222,9 @@ class TrainConfig(OptimSection, AdapterSection, RopeSection, ModelSection):
     def _evaluation_has_data(self) -> TrainConfig:
         for name in ("eval_every", "eval_method", "eval_samples"):
             self.needs(name, self.eval_data is not None, "there is no --eval-data")
-        self.needs("eval_new_tokens", self.eval_method == "generation", "it belongs to --eval-method generation")
+        self.needs(
+            "eval_new_tokens", self.eval_method == "generation", "it belongs to --eval-method generation"
+        )
         return self
 
 
@@ -228,11 +235,15 @@ class EvalConfig(RopeSection, ModelSection):
     tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
     out: Path = setting(..., "Folder to make.", short="-o")
     data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
-    haystack: Paths = setting([], "Texts to hide needles in; default: the embedded book.")
+    split: str = setting("test", "Split of a hub or saved dataset.")
+    haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
     lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey and needle.")
     depths: int = setting(5, "Depths from start to end, per length.", ge=1, le=101)
     samples: int = setting(4, "Samples per length and depth.", ge=1)
     needle_facts: int = setting(8, "Facts hidden in one needle sample.", ge=1, le=64)
+    needle_wording: Literal["train", "eval"] = setting(
+        "train", "Needle sentences: the forms that --synthetic data has, or forms it never shows."
+    )
     window: Length = setting(4096, "Perplexity: tokens of one window.", ge=2)
     stride: Length | None = setting(None, "Perplexity: tokens between windows; default: half a window.", ge=1)
     max_tokens: Length | None = setting(None, "Perplexity: read at most this much of each text.", ge=2)
@@ -246,11 +257,20 @@ class EvalConfig(RopeSection, ModelSection):
     def _settings_have_an_effect(self) -> EvalConfig:
         tasks = set(self.tasks)
         if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
-            raise ValueError(f"--tasks knows ppl, passkey, needle, generate; not {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"--tasks knows ppl, passkey, needle, generate; not {', '.join(sorted(unknown))}"
+            )
         grid = bool(tasks & {"passkey", "needle"})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):
             self.needs(name, grid, "it belongs to passkey and needle")
-        self.needs("needle_facts", "needle" in tasks, "it belongs to needle")
+        for name in ("needle_facts", "needle_wording"):
+            self.needs(name, "needle" in tasks, "it belongs to needle")
+        if "needle" in tasks and self.needle_facts < self.depths:
+            raise ValueError(
+                f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
+            )
+        self.needs("split", bool(self.data or self.haystack), "no dataset is read")
+        self.needs("max_new_tokens", tasks != {"ppl"}, "it belongs to passkey, needle and generate")
         for name in ("window", "stride", "max_tokens"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
         for name in ("metrics", "max_samples"):
@@ -259,7 +279,9 @@ class EvalConfig(RopeSection, ModelSection):
         if "generate" in tasks and not self.data:
             raise ValueError("--tasks generate needs --data FILE.jsonl")
         if self.stride is not None and self.stride > self.window:
-            raise ValueError(f"--stride {self.stride} is above --window {self.window}: tokens would be skipped")
+            raise ValueError(
+                f"--stride {self.stride} is above --window {self.window}: tokens would be skipped"
+            )
         return self
 
 
@@ -270,6 +292,9 @@ class ChatConfig(RopeSection, ModelSection):
     file: Paths = setting([], "Text to read before the conversation.", short="-f")
     prompt: str | None = setting(None, "Ask once and exit; '-' reads standard input.", short="-p")
     system: str | None = setting(None, "System message.")
+    max_length: Length | None = setting(
+        None, "Most tokens of conversation; default: what the model or run was made for.", ge=8
+    )
     max_new_tokens: int = setting(512, "Longest answer.", ge=1)
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied.", ge=0)
     top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", gt=0, le=1)
@@ -286,14 +311,15 @@ class ChatConfig(RopeSection, ModelSection):
 class MergeConfig(Section):
     """Put adapters into their base, or mix checkpoints of one architecture."""
 
-    sources: list[str] = setting(
-        ..., "Runs, adapter folders, checkpoints or model folders.", positional=True
-    )
+    sources: list[str] = setting(..., "Runs, adapter folders, checkpoints or model folders.", positional=True)
     out: Path = setting(..., "Folder to make.", short="-o")
     weights: Numbers = setting([], "One weight per source; default: equal shares.")
-    model: str | None = setting(None, "Base model of the adapters; default: the one they were trained on.", short="-m")
+    model: str | None = setting(
+        None, "Base model of the adapters; default: the one they were trained on.", short="-m"
+    )
     base_weights: Literal["auto", "original", "dequantized"] = setting(
-        "auto", "Add an adapter to the original base or to the dequantized one it was trained on; auto: the latter for NF4 and int8."
+        "auto",
+        "Add an adapter to the original base, or to the dequantized one it was trained on; auto: as it was trained.",
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "Number format; auto: the base's.")
     keep_adapter: bool = setting(False, "Mixing adapters: write an adapter instead of a whole model.")

@@ -30,7 +30,9 @@ Advance = Callable[[int], None]
 def quiet_libraries() -> None:
     """Keep transformers, datasets and bitsandbytes from drawing bars and logging between our lines."""
     import logging
+    import warnings
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch|accelerate")
     if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 
@@ -68,9 +70,7 @@ class Console:
             from rich.console import Console as RichConsole
 
             stream = sys.stderr if self.json_mode else sys.stdout
-            self._rich = RichConsole(
-                file=stream, markup=False, highlight=False, emoji=False, soft_wrap=True
-            )
+            self._rich = RichConsole(file=stream, markup=False, highlight=False, emoji=False, soft_wrap=True)
         return self._rich
 
     @property
@@ -111,19 +111,32 @@ class Console:
         self.rich.print(table)
 
     @contextmanager
-    def progress(self, label: str, total: int | None = None) -> Iterator[Advance]:
+    def progress(self, label: str, total: int | None = None, *, unit: str = "") -> Iterator[Advance]:
         """Show progress; yields a function to call with the number of units just done.
+
+        With a `unit` the bar also tells units done and units per second.
 
         A terminal gets a live bar; a pipe gets one line in ten seconds; `--json` and other ranks get nothing.
         """
         if not self.is_main or self.json_mode:
             yield lambda count: None
         elif self.rich.is_terminal:
-            from rich.progress import Progress
+            from rich.progress import Progress, TextColumn
 
-            with Progress(console=self.rich, transient=True, refresh_per_second=5) as bar:
-                task = bar.add_task(label, total=total)
-                yield lambda count: bar.advance(task, count)
+            rate = [TextColumn("{task.fields[rate]}")] if unit else []
+            columns = (*Progress.get_default_columns(), *rate)
+            with Progress(*columns, console=self.rich, transient=True, refresh_per_second=5) as bar:
+                task = bar.add_task(label, total=total, rate="")
+                started = time.monotonic()
+                done = 0
+
+                def advance(count: int) -> None:
+                    nonlocal done
+                    done += count
+                    speed = done / max(time.monotonic() - started, 1e-9)
+                    bar.update(task, advance=count, rate=f"{done:,} {unit}, {speed:,.0f}/s")
+
+                yield advance
         else:
             yield self._plain_progress(label, total)
 

@@ -1,16 +1,16 @@
 """Typed errors: what a user can act on, and the exit code each kind ends the process with.
 
-    LongLoRAError            1   a bug of ours, or an error no other kind fits
-      SettingsError          2   flags, recipe keys or environment that cannot be used
-      DataError              2   documents, chats or prepared data that cannot be used
-      NotFoundError          3   a file, model or dataset that is not there, or needs the network
-      IntegrityError         4   a folder whose bytes are not what its manifest says
-      IncompatibleError      4   parts that do not belong together
-      ResourceError          5   out of memory or disk
-      NumericError           6   a loss or gradient that is not a finite number
-      SecurityError          7   refused, because following the input could run foreign code
-      Interrupted          130   Ctrl-C
-      Terminated           143   SIGTERM, after saving
+LongLoRAError            1   a bug of ours, or an error no other kind fits
+  SettingsError          2   flags, recipe keys or environment that cannot be used
+  DataError              2   documents, chats or prepared data that cannot be used
+  NotFoundError          3   a file, model or dataset that is not there, or needs the network
+  IntegrityError         4   a folder whose bytes are not what its manifest says
+  IncompatibleError      4   parts that do not belong together
+  ResourceError          5   out of memory or disk
+  NumericError           6   a loss or gradient that is not a finite number
+  SecurityError          7   refused, because following the input could run foreign code
+  Interrupted          130   Ctrl-C
+  Terminated           143   SIGTERM, after saving
 """
 
 from __future__ import annotations

@@ -92,9 +92,17 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 _SHARED = [
-    ("recipe", Path, typer.Option("--recipe", "-r", help="YAML file of settings; flags win.", metavar="FILE")),
+    (
+        "recipe",
+        Path,
+        typer.Option("--recipe", "-r", help="YAML file of settings; flags win.", metavar="FILE"),
+    ),
     ("json_mode", bool, typer.Option("--json", help="Print one JSON object, also on failure.")),
-    ("dry_run", bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")),
+    (
+        "dry_run",
+        bool,
+        typer.Option("--dry-run", help="Check everything, say what would be done, write nothing."),
+    ),
     ("debug", bool, typer.Option("--debug", help="Show the traceback of an error.")),
 ]
 
@@ -279,7 +287,7 @@ def expand_lists(command: str, arguments: list[str]) -> list[str]:
 
     Values are taken up to the next flag; for numbers, up to the first word that is not a number.
     """
-    lists = {}
+    lists: dict[str, FieldInfo] = {}
     for name, field in CONFIGS[command].model_fields.items():
         extra = typing.cast("dict[str, Any]", field.json_schema_extra)
         if _is_list(field) and not extra["positional"]:

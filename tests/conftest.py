@@ -42,7 +42,10 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = TEMPLATE
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -50,7 +53,9 @@ def tiny_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_tiny_model(folder: Path, tokenizer_folder: Path, *, seed: int = 0, family: str = "llama", **changes: object) -> Path:
+def make_tiny_model(
+    folder: Path, tokenizer_folder: Path, *, seed: int = 0, family: str = "llama", **changes: object
+) -> Path:
     """A 2-layer random decoder of 64 hidden units with a 128-token context, saved beside its tokenizer."""
     import shutil
 
@@ -82,3 +87,31 @@ def make_tiny_model(folder: Path, tokenizer_folder: Path, *, seed: int = 0, fami
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_folder: Path) -> Path:
     """A tied Llama of 2 layers; use `make_tiny_model` for other seeds, families and settings."""
     return make_tiny_model(tmp_path_factory.mktemp("llama"), tiny_tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_data_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
+    """24 chunks of 96 tokens with a repeated half to learn; every third has two documents and masked labels."""
+    import numpy as np
+
+    from longlora_cli.data.chunk import Chunk
+    from longlora_cli.data.dataset import ChunkDataset
+    from longlora_cli.models.tokenizer import load_tokenizer, template_sha256, tokenizer_sha256
+
+    tokenizer = load_tokenizer(tiny_model_folder)
+    random = np.random.default_rng(0)
+    chunks = []
+    for number in range(24):
+        ids = random.integers(3, 500, 96).astype(np.int32)
+        ids[48:] = ids[:48]
+        labels = ids.copy()
+        labels[0] = -100
+        lengths = [96]
+        if number % 3 == 0:
+            lengths = [40, 56]
+            labels[:70] = -100
+        chunks.append(Chunk(ids, labels, np.array(lengths, dtype=np.int32)))
+    folder = tmp_path_factory.mktemp("data") / "chunks"
+    hashes = {"tokenizer_sha256": tokenizer_sha256(tokenizer), "template_sha256": template_sha256(tokenizer)}
+    ChunkDataset.write(folder, chunks, {**hashes, "max_length": 96})
+    return folder

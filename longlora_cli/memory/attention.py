@@ -105,7 +105,11 @@ def _causal(
 ) -> Tensor:
     """One document: `[batch, heads, tokens, width]`; each query sees the past and itself."""
     tokens = query.shape[2]
-    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "dropout_p": dropout,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
     sdpa = nn.functional.scaled_dot_product_attention
     if window is not None:
         return sdpa(query, key, value, attn_mask=_window_mask(tokens, past, window, query.device), **options)
@@ -169,7 +173,9 @@ def plain_attention(
     columns = torch.arange(total)[None, :]
     allowed = columns <= rows
     if document_lengths is not None:
-        document = torch.repeat_interleave(torch.arange(len(document_lengths)), torch.tensor(document_lengths))
+        document = torch.repeat_interleave(
+            torch.arange(len(document_lengths)), torch.tensor(document_lengths)
+        )
         allowed &= document[:, None] == document[None, :]
     if window is not None:
         allowed &= columns > rows - window

@@ -24,8 +24,12 @@ _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 def plain_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What `tiled_loss` computes, with all logits at once: summed loss in nats and count of labels."""
     logits = hidden @ weight.T
-    total = nn.functional.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels,
-                                        ignore_index=IGNORE, reduction="sum")
+    total = nn.functional.cross_entropy(
+        logits.float() if logits.dtype != torch.float64 else logits,
+        labels,
+        ignore_index=IGNORE,
+        reduction="sum",
+    )
     return total, labels.ne(IGNORE).sum()
 
 
@@ -142,7 +146,9 @@ def use_tiled_loss(model: nn.Module, tile_tokens: int) -> Callable[[], None]:
     original = model.forward
 
     @functools.wraps(original)
-    def forward(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        *args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
         if labels is None:

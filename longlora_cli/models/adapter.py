@@ -112,7 +112,9 @@ def load(model: Any, folder: Path, *, trainable: bool) -> Any:
     from safetensors import safe_open
 
     dtype = model.get_input_embeddings().weight.dtype
-    wrapped = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, autocast_adapter_dtype=trainable)
+    wrapped = PeftModel.from_pretrained(
+        model, str(folder), is_trainable=trainable, autocast_adapter_dtype=trainable
+    )
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
         saved = set(file.keys())
     placed = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))

@@ -102,7 +102,7 @@ class LoadedModel:
         return record.context_length if record else self.rope.max_position_embeddings
 
     def hidden(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """The decoder without its head: `[batch, tokens]` -> output with `last_hidden_state` `[batch, tokens, width]`."""
+        """The decoder without its head: `[batch, tokens]` -> `last_hidden_state` `[batch, tokens, width]` and more."""
         return self.causal_lm.get_decoder()(input_ids=input_ids, **kwargs)
 
     def head_weight(self) -> Tensor:
@@ -171,7 +171,9 @@ def load_model(
         trust_remote_code=False,
     )
     positions.verify(model, record, facts.head_dim)
-    model.config.use_cache = False  # caches are made where they are used; a default one would double as a leak
+    model.config.use_cache = (
+        False  # caches are made where they are used; a default one would double as a leak
+    )
     if source.adapter is not None:
         model = adapters.load(model, source.adapter, trainable=training)
     has_tokenizer = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
@@ -197,15 +199,21 @@ def _refuse_other_base(source: ModelSource, folder: Path) -> None:
 
 
 def _positions(
-    source: ModelSource, own: RopeRecord, rope: RopeSection | None, context_length: int | None, facts: ModelFacts
+    source: ModelSource,
+    own: RopeRecord,
+    rope: RopeSection | None,
+    context_length: int | None,
+    facts: ModelFacts,
 ) -> RopeRecord:
     if source.record is not None:
         trained = RopeRecord.from_json(source.record.rope)
         if rope is not None and rope.rope != "keep":
-            asked = positions.extend(own, rope, context_length or source.record.context_length, facts.head_dim)
+            asked = positions.extend(
+                own, rope, context_length or source.record.context_length, facts.head_dim
+            )
             if asked.parameters != trained.parameters:
                 raise SettingsError(
-                    f"--rope {rope.rope} asks for {asked.describe()}, the adapter was trained with {trained.describe()}",
+                    f"--rope {rope.rope} is {asked.describe()}, the adapter was trained with {trained.describe()}",
                     hint="Leave --rope out: a run's own positions are used.",
                 )
         return trained

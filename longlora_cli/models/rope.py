@@ -196,7 +196,8 @@ def verify(model: nn.Module, record: RopeRecord, head_dim: int) -> None:
     if not modules:
         raise IncompatibleError("the model has no rotary module to verify")
     for module in modules:
-        live = module.inv_freq.detach().to("cpu", torch.float64)
+        frequencies: Any = module.inv_freq
+        live = frequencies.detach().to("cpu", torch.float64)
         # float32 powers of theta are good to about 1e-6; another theta or factor differs by 1e-2 and more.
         same = live.shape == expected.shape and torch.allclose(live, expected, rtol=1e-4, atol=0)
         live_scale = float(getattr(module, "attention_scaling", 1.0))

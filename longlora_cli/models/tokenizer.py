@@ -1,15 +1,82 @@
-"""Tokenizers by the same names as models."""
+"""Load a tokenizer, and name it by what decides its ids.
+
+Hashes cover what changes token ids (vocabulary, merges, normalizer, pre-tokenizer, special tokens) and the
+chat template, each apart, so that prepared data can say which of the two differs from a model's.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+from longlora_cli.errors import DataError, NotFoundError
 
-def load_tokenizer(name: str | Path) -> Any:
-    """Load it from a folder."""
+BUILTIN = Path(__file__).parent / "builtin"
+# The parts of tokenizer.json that change ids; padding and truncation are the caller's business.
+_IDENTITY = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_tokenizer(name_or_folder: str | Path) -> Any:
+    """Load a fast tokenizer without running foreign code.
+
+    Args:
+        name_or_folder: A folder (model, run or adapter, each with its own tokenizer files), `builtin` for the
+            model shipped in this package, or a hub name.
+
+    Returns:
+        A `PreTrainedTokenizerFast`.
+
+    Raises:
+        NotFoundError: No such folder, or the hub cannot be reached and its files are not in the local cache.
+        DataError: The folder holds no tokenizer, a damaged one, or one without a `tokenizers` backend.
+    """
     from transformers import AutoTokenizer
 
-    from longlora_cli.models.source import base_folder
+    folder = BUILTIN if str(name_or_folder) == "builtin" else Path(name_or_folder)
+    is_folder = folder.is_dir()
+    if is_folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        raise DataError(
+            f"{folder} holds no tokenizer",
+            rule="A model folder has tokenizer.json and tokenizer_config.json.",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder if is_folder else name_or_folder), trust_remote_code=False, local_files_only=is_folder
+        )
+    except OSError as error:
+        if is_folder:
+            raise DataError(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from error
+        raise NotFoundError(
+            f"there is no folder {name_or_folder}, and the hub gives no tokenizer of that name",
+            hint="Give a model folder, a hub name while online, or 'builtin'.",
+        ) from error
+    except Exception as error:  # the backend raises nothing narrower for a damaged file
+        raise DataError(f"{name_or_folder}: its tokenizer cannot be read: {_first_line(error)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"{name_or_folder} has no fast tokenizer",
+            rule="Labels come from token offsets, which only tokenizer.json backends give.",
+        )
+    return tokenizer
 
-    return AutoTokenizer.from_pretrained(base_folder(str(name)) if not Path(name).is_dir() else name)
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Hex SHA-256 of what decides ids: vocabulary, merges, normalizer, pre-tokenizer, special tokens."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    identity: dict[str, Any] = {part: backend.get(part) for part in _IDENTITY}
+    identity["special"] = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def template_sha256(tokenizer: Any) -> str:
+    """Hex SHA-256 of the chat template's text; of the empty text when there is none."""
+    template = tokenizer.chat_template or ""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,266 @@
+"""`longlora chat`: one question, or a conversation, over long documents."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from longlora_cli.config import ChatConfig
+from longlora_cli.console import Console, quiet_libraries
+from longlora_cli.data.documents import find_sources, read_documents
+from longlora_cli.errors import DataError, Interrupted, SettingsError
+from longlora_cli.generation.budget import Budget, ModelOutline, free_bytes, outline_model
+from longlora_cli.generation.conversation import Conversation, Prompt
+from longlora_cli.generation.sampling import make_sampler
+from longlora_cli.generation.session import Answer, Session, refuse_overflow, stop_ids
+from longlora_cli.models.loading import load_model
+
+# A shorter prompt is read before a bar could be drawn.
+_BAR_TOKENS = 512
+
+
+def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
+    """Answer one question, or hold a conversation until its end.
+
+    Texts are read and counted before weights are loaded, so that what cannot work is refused at once.
+
+    Raises:
+        SettingsError: The prompt does not fit the context, or `--json` without a question.
+        DataError: A file that is missing or not UTF-8; a model without a chat template.
+        ResourceError: Keys and values would not fit the memory.
+        Interrupted: Ctrl-C, after what was said so far is shown.
+    """
+    if console.json_mode and config.prompt is None and not dry_run:
+        raise SettingsError(
+            "--json needs a question", hint="Give it with -p TEXT, or -p - for standard input."
+        )
+    # In a pipe the answer alone goes to standard output; a console in JSON mode tells the rest on standard error.
+    notes = console if console.rich.is_terminal and not console.json_mode else Console(json_mode=True)
+    question = None if config.prompt is None else _question(config.prompt)
+    texts = [text for path in config.file for text in read_texts(path)]
+    outline = outline_model(config, config, adapter=config.adapter, context_length=config.max_length)
+    quiet_libraries()  # now that transformers is imported
+    conversation = Conversation(outline.tokenizer, config.system)
+    files = [conversation.attach(name, text) for name, text in texts]
+    for file in files:
+        notes.print(f"{file.name}: {file.tokens:,} tokens")
+    budget = _first_budget(conversation, question or "", config, outline)
+    if dry_run:
+        notes.print(budget.describe())
+        return _plan(config, outline, budget, {file.name: file.tokens for file in files})
+    refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
+    loaded = load_model(config, config, adapter=config.adapter, context_length=config.max_length)
+    session = Session(loaded, prefill_chunk=config.prefill_chunk, context_length=config.max_length)
+    chat = Chat(config, console, notes, conversation, session)
+    if question is not None:
+        return chat.answer_once(question)
+    from longlora_cli.commands.chat_terminal import Terminal
+
+    Terminal(chat).converse()
+    return {"turns": conversation.turns}
+
+
+def _question(prompt: str) -> str:
+    text = prompt
+    if prompt == "-":
+        raw = sys.stdin.buffer.read()
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input: byte {error.start} is not UTF-8") from error
+    return checked_question(text)
+
+
+def checked_question(text: str) -> str:
+    """Refuse what cannot be encoded: nothing, or bytes that a terminal sent which are no characters."""
+    if not text.strip():
+        raise DataError("the question is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"the question: character {error.start} is not UTF-8") from error
+    return text
+
+
+def read_texts(path: Path) -> list[tuple[str, str]]:
+    """Name and text of a file, or of each document in a folder.
+
+    What no document reader knows is read as plain text, and so are lines of JSON: a person asks about the file.
+
+    Raises:
+        DataError: Nothing there, or not UTF-8; the byte is told.
+    """
+    if path.is_dir() or path.suffix.lower() in (".txt", ".md") or not path.exists():
+        documents = read_documents(find_sources([str(path)], split="train"), seed=0)
+        return [(Path(d.source).name, _as_text(d.content)) for d in documents]
+    raw = path.read_bytes()
+    try:
+        return [(path.name, raw.decode("utf-8-sig"))]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8") from error
+
+
+def _as_text(content: str | list[dict[str, str]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
+
+
+def _first_budget(
+    conversation: Conversation, question: str, config: ChatConfig, outline: ModelOutline
+) -> Budget:
+    """The budget of the first question; weights are still to be loaded."""
+    prompt_tokens = len(conversation.ask(question).ids)
+    needed = prompt_tokens + config.max_new_tokens
+    kv_bytes = needed * outline.facts.kv_bytes_per_token(outline.element_bytes)
+    return Budget(
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=config.max_new_tokens,
+        context_length=outline.context_length,
+        kv_bytes=kv_bytes,
+        more_bytes=kv_bytes + outline.weights_bytes,
+        free_bytes=free_bytes(outline.device),
+    )
+
+
+def _plan(config: ChatConfig, outline: ModelOutline, budget: Budget, files: dict[str, int]) -> dict[str, Any]:
+    return {
+        "dry_run": True,
+        "model": config.model,
+        "base": outline.source.base,
+        "adapter": str(outline.source.adapter) if outline.source.adapter else None,
+        "files": files,
+        "prompt_tokens": budget.prompt_tokens,
+        "max_new_tokens": budget.max_new_tokens,
+        "needed_tokens": budget.needed_tokens,
+        "context_length": budget.context_length,
+        "kv_bytes": budget.kv_bytes,
+        "weights_bytes": outline.weights_bytes,
+        "free_bytes": budget.free_bytes,
+        "fits_context": budget.fits_context,
+        "fits_memory": budget.fits_memory,
+    }
+
+
+class Chat:
+    """One conversation with one model, and how its turns are shown.
+
+    Args:
+        config: Settings of the command.
+        console: Gets the answers.
+        notes: Gets everything else.
+        conversation: The turns.
+        session: The model and what it has read.
+    """
+
+    def __init__(
+        self,
+        config: ChatConfig,
+        console: Console,
+        notes: Console,
+        conversation: Conversation,
+        session: Session,
+    ) -> None:
+        self.console, self.notes = console, notes
+        self.conversation, self.session = conversation, session
+        self.max_new_tokens = config.max_new_tokens
+        self.last: Answer | None = None
+        self._stop_ids = stop_ids(session.loaded)
+        self._sampler = make_sampler(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
+
+    def answer_once(self, question: str) -> dict[str, Any]:
+        """Answer one question and report it; what `--json` prints."""
+        answer = self.answer(question)
+        if answer.finish == "interrupted":
+            raise Interrupted(f"interrupted after {len(answer.ids):,} tokens")
+        return {
+            "text": answer.text,
+            "finish": answer.finish,
+            "prompt_tokens": answer.prompt_tokens,
+            "new_tokens": len(answer.ids),
+            "reused_tokens": answer.reused_tokens,
+            "context_length": self.session.context_length,
+            "kv_bytes": answer.kv_bytes,
+            "timings": {
+                "prefill_seconds": answer.prefill_seconds,
+                "decode_seconds": answer.decode_seconds,
+                "prefill_tokens_per_second": answer.prefill_rate,
+                "decode_tokens_per_second": answer.decode_rate,
+            },
+        }
+
+    def budget(self, prompt: Prompt) -> Budget:
+        """What a prompt will take beyond what the session holds."""
+        needed = len(prompt.ids) + self.max_new_tokens
+        kv_bytes = self.session.kv_bytes_for(needed)
+        held = self.session.kv_bytes_for(self.session.reusable(prompt.ids))
+        return Budget(
+            prompt_tokens=len(prompt.ids),
+            max_new_tokens=self.max_new_tokens,
+            context_length=self.session.context_length,
+            kv_bytes=kv_bytes,
+            more_bytes=kv_bytes - held,
+            free_bytes=free_bytes(self.session.loaded.device),
+        )
+
+    def answer(self, question: str) -> Answer:
+        """Ask, show the answer while it comes, and keep both.
+
+        An answer that was stopped before its first token is not kept, and neither is its question.
+
+        Raises:
+            SettingsError: Too long for the context; nothing was run.
+            ResourceError: Too large for the memory; nothing was run.
+        """
+        prompt = self.conversation.ask(question)
+        budget = self.budget(prompt)
+        refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
+        if prompt.attachments or self.last is None:
+            self.notes.print(budget.describe())
+        budget.refuse_memory()
+        answer = self._stream(prompt)
+        if answer.ids or answer.finish != "interrupted":
+            self.conversation.keep(prompt, answer.text, answer.ids)
+        self.last = answer
+        self.notes.print(self.meter(answer))
+        return answer
+
+    def _stream(self, prompt: Prompt) -> Answer:
+        new = len(prompt.ids) - self.session.reusable(prompt.ids)
+        with ExitStack() as bar:
+            advance = None
+            if new >= _BAR_TOKENS:
+                advance = bar.enter_context(self.notes.progress("Reading", total=new, unit="tokens"))
+
+            def show(token: int, piece: str) -> None:
+                bar.close()  # the bar ends where the answer begins
+                self.console.stream(piece)
+
+            answer = self.session.answer(
+                prompt.ids,
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self._stop_ids,
+                sampler=self._sampler,
+                on_token=show,
+                advance=advance,
+            )
+        self.console.stream("\n")
+        return answer
+
+    def meter(self, answer: Answer) -> str:
+        """One line under an answer: how full the context is, and what the answer cost."""
+        used, limit = answer.prompt_tokens + len(answer.ids), self.session.context_length
+        read = answer.prompt_tokens - answer.reused_tokens
+        parts = [
+            f"context {used:,} of {limit:,} ({used / limit:.0%})",
+            f"read {read:,} at {answer.prefill_rate:,.0f} tok/s",
+            f"reused {answer.reused_tokens:,} of {answer.prompt_tokens:,}",
+            f"{len(answer.ids):,} new at {answer.decode_rate:,.1f} tok/s",
+        ]
+        if answer.finish == "length":
+            parts.append(f"ended by --max-new-tokens {self.max_new_tokens:,}")
+        if answer.finish == "interrupted":
+            parts.append("stopped" if answer.ids else "stopped before the answer began; /retry asks again")
+        return "[" + ", ".join(parts) + "]"

@@ -1,0 +1,210 @@
+"""`longlora eval`: read and check the input, load the model, measure, write one folder, show the numbers."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longlora_cli import __version__
+from longlora_cli.config import EvalConfig
+from longlora_cli.console import Console
+from longlora_cli.errors import Interrupted
+from longlora_cli.evaluation.answerer import SessionAnswerer
+from longlora_cli.evaluation.journal import Journal, open_journal
+from longlora_cli.evaluation.measure import (
+    TaskResult,
+    measure_generation,
+    measure_grid,
+    measure_perplexity,
+    model_identity,
+    peak_bytes,
+)
+from longlora_cli.evaluation.plan import EvalPlan, make_plan
+from longlora_cli.evaluation.report import save_heatmap, save_position_curve
+from longlora_cli.models.loading import LoadedModel, load_model
+from longlora_cli.models.source import resolve
+from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.storage import atomic_folder, refuse_existing, write_json, write_text
+
+
+def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
+    """Measure a model.
+
+    Args:
+        config: The settings.
+        console: Where progress and tables go.
+        dry_run: Load the tokenizer only, check and count; write nothing.
+
+    Returns:
+        The content of `results.json`, with `out`; for a dry run the counts of each task.
+    """
+    refuse_existing(config.out)
+    plan = make_plan(config, _load_tokenizer(config))
+    if dry_run:
+        return _show_counts(plan, console)
+    loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
+    _warn_beyond(loaded, plan, console)
+    started = time.perf_counter()
+    try:
+        with open_journal(config.out) as journal:
+            if len(journal):
+                console.print(f"going on from {len(journal)} finished samples")
+            identity = model_identity(loaded)
+            found = _measure(loaded, plan, journal, identity, console)
+            results: dict[str, Any] = {
+                "settings": config.model_dump(mode="json"),
+                "model": {"name": config.model, **identity},
+                "versions": _versions(),
+                "tasks": {task: result.summary for task, result in found.items()},
+                "peak_bytes": peak_bytes(loaded),
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+            _commit(config, results, found)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "interrupted", rule="Finished samples are kept.", hint="The same command goes on from there."
+        ) from error
+    for task, summary in results["tasks"].items():
+        _SHOW[task](summary, console)
+    console.print(
+        f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB)"
+    )
+    return {**results, "out": str(config.out)}
+
+
+def _load_tokenizer(config: EvalConfig) -> Any:
+    source = resolve(config.model, config.adapter)
+    own = source.adapter if source.adapter and (source.adapter / "tokenizer.json").is_file() else None
+    return load_tokenizer(own or source.base)
+
+
+def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
+    counts = plan.counts()
+    console.table(
+        "Would be evaluated",
+        ["task", "samples", "tokens", "longest"],
+        [[task, c["samples"], c["tokens"], c["longest"]] for task, c in counts.items()],
+    )
+    return {"dry_run": True, "out": str(plan.config.out), "tasks": counts}
+
+
+def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
+    record = loaded.source.record
+    stretched = loaded.rope.max_position_embeddings if plan.config.rope != "keep" else loaded.own_length
+    readable = record.context_length if record else stretched
+    if plan.longest > readable:
+        console.warn(
+            f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
+            "positions beyond that are new to it"
+        )
+
+
+def _measure(
+    loaded: LoadedModel, plan: EvalPlan, journal: Journal, identity: Any, console: Console
+) -> dict[str, TaskResult]:
+    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk)
+    found: dict[str, TaskResult] = {}
+    for task in dict.fromkeys(plan.config.tasks):
+        if task == "ppl":
+            total = sum(len(text.ids) - 1 for text in plan.texts)
+            with console.progress("ppl (tokens)", total) as advance:
+                found[task] = measure_perplexity(loaded, plan, journal, identity, advance)
+        elif task == "generate":
+            with console.progress("generate (rows)", len(plan.rows)) as advance:
+                found[task] = measure_generation(answerer, plan, journal, identity, advance)
+        else:
+            with console.progress(f"{task} (questions)", plan.grid_count()) as advance:
+                found[task] = measure_grid(task, answerer, plan, journal, identity, advance)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "longlora": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "rouge-score")},
+    }
+
+
+def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskResult]) -> None:
+    meta = {"model": config.model, "tasks": list(found)}
+    with atomic_folder(config.out, kind="evaluation", meta=meta) as staging:
+        write_json(staging / "results.json", results)
+        for task, result in found.items():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows]
+            write_text(staging / "samples" / f"{task}.jsonl", "".join(lines))
+            _save_plot(staging, task, result.summary, Path(config.model).name)
+            if result.nll:
+                np.save(staging / "nll.npy", np.concatenate(result.nll))
+                offsets = np.cumsum([0, *map(len, result.nll)], dtype=np.int64)
+                np.save(staging / "nll_offsets.npy", offsets)
+
+
+def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) -> None:
+    if task == "ppl":
+        save_position_curve(staging / "plots" / "ppl.png", summary, title=f"perplexity by position, {model}")
+    elif task != "generate":
+        save_heatmap(staging / "plots" / f"{task}.png", summary, title=f"{task}, {model}")
+
+
+def _show_perplexity(summary: dict[str, Any], console: Console) -> None:
+    console.table(
+        f"Perplexity by tokens of context ({summary['curve_windows']} {summary['curve_source']})",
+        ["context", "tokens", "perplexity", "95 %"],
+        [
+            [f"{b['from']:,} to {b['to']:,}", b["n"], b["perplexity"], _interval(b["ci95"], "{:.4g}")]
+            for b in summary["by_position"]
+        ],
+    )
+    console.print(
+        f"perplexity {summary['perplexity']:.4g} {_interval(summary['ci95'], '{:.4g}')} over "
+        f"{summary['n']:,} tokens, {summary['texts']} texts; mean of texts {summary['perplexity_macro']:.4g}; "
+        f"{summary['bits_per_byte']:.4f} bits per byte"
+    )
+
+
+def _show_grid(summary: dict[str, Any], console: Console) -> None:
+    lengths = summary["lengths"]
+    shares = {(c["depth"], c["length"]): f"{100 * c['score']:.0f}" for c in summary["cells"]}
+    rows = [
+        [f"{100 * depth:.0f} %", *(shares[depth, length["length"]] for length in lengths)]
+        for depth in sorted({depth for depth, _ in shares})
+    ]
+    rows.append(["all", *(f"{100 * length['score']:.0f}" for length in lengths)])
+    rows.append(["95 %", *(_interval([100 * v for v in length["ci95"]], "{:.0f}") for length in lengths)])
+    console.table(
+        f"Right answers in per cent, n={summary['cells'][0]['n']} a cell",
+        ["depth", *(f"{length['length']:,}" for length in lengths)],
+        rows,
+    )
+    console.print(
+        f"{100 * summary['score']:.0f} % right {_interval([100 * v for v in summary['ci95']], '{:.0f}')}, "
+        f"{100 * summary['contains']:.0f} % contain the answer, n={summary['n']}"
+    )
+
+
+def _show_generation(summary: dict[str, Any], console: Console) -> None:
+    console.table(
+        f"Generation over {summary['n']} rows",
+        ["metric", "mean", "95 %"],
+        [[key, f"{s['score']:.4f}", _interval(s["ci95"], "{:.4f}")] for key, s in summary["scores"].items()],
+    )
+    console.print(f"{100 * summary['cut']:.0f} % of the answers ended at --max-new-tokens")
+
+
+def _interval(interval: list[float] | None, form: str) -> str:
+    return "" if interval is None else f"[{form.format(interval[0])}, {form.format(interval[1])}]"
+
+
+_SHOW = {
+    "ppl": _show_perplexity,
+    "passkey": _show_grid,
+    "needle": _show_grid,
+    "generate": _show_generation,
+}

@@ -1,0 +1,227 @@
+"""`longlora train`: base model + prepared data -> a run."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longlora_cli.config import TrainConfig
+from longlora_cli.console import Console
+from longlora_cli.data.collate import collate
+from longlora_cli.data.dataset import ChunkDataset
+from longlora_cli.errors import Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
+from longlora_cli.evaluation.during_training import check_eval_data, make_evaluator
+from longlora_cli.memory.loss import use_tiled_loss
+from longlora_cli.models import adapter as adapters
+from longlora_cli.models.loading import LoadedModel, choose_device, load_model
+from longlora_cli.models.source import base_folder, fingerprint, resolve
+from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.options import write_recipe
+from longlora_cli.parallel.mesh import Mesh
+from longlora_cli.storage import atomic_folder, folder_lock, sha256_of
+from longlora_cli.training import checkpoint
+from longlora_cli.training.callbacks import LogLines, StopSignals
+from longlora_cli.training.meter import StepMeter
+from longlora_cli.training.run import Run
+from longlora_cli.training.trainer import LongContextTrainer, resumed_step
+
+
+def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
+    """Train, or resume the run in `--out`; returns what it reached.
+
+    Raises:
+        SettingsError, DataError, NotFoundError, IncompatibleError, IntegrityError: Before any work.
+        NumericError: A loss or gradient is not finite.
+        Interrupted, Terminated: Asked to stop; the state was saved.
+    """
+    device = choose_device(config.device)
+    if config.optimizer.startswith("paged") and device.type == "cpu":
+        raise SettingsError(
+            f"--optimizer {config.optimizer} has no effect on a CPU: there is no GPU memory to page out of",
+            hint="Use --optimizer adamw_8bit.",
+        )
+    check_eval_data(config)
+    mesh = Mesh.start(device)
+    try:
+        data = ChunkDataset.open_all(config.data)
+        context_length = _context_length(config, data)
+        source = resolve(config.model)
+        data.require_tokenizer(load_tokenizer(config.model))
+        facts = {
+            "data": [sha256_of(path / "manifest.json") for path in config.data],
+            "base": fingerprint(base_folder(source.base)),
+        }
+        if dry_run:
+            return _describe(config, data, context_length, console)
+        mesh.from_main(lambda: Run.refuse_strangers(config.out))
+        with ExitStack() as stack:
+            mesh.from_main(lambda: stack.enter_context(folder_lock(config.out)) or True)
+            run_folder = mesh.from_main(lambda: Run.open(config, write_recipe("train", config), facts))
+            if mesh.from_main(run_folder.is_finished):
+                console.print(f"{config.out} is finished; nothing to do.")
+                return {"run": str(config.out), "finished": True, **run_folder.state()["result"]}
+            return _train(config, console, mesh, run_folder, data, context_length)
+    finally:
+        mesh.stop()
+
+
+def _context_length(config: TrainConfig, data: ChunkDataset) -> int:
+    if config.max_length is not None and config.max_length < data.longest_chunk:
+        raise SettingsError(
+            f"--max-length {config.max_length:,} is below the longest chunk of the data, {data.longest_chunk:,} tokens",
+            hint="Prepare the data with this --max-length, or give a larger one.",
+        )
+    return config.max_length or data.longest_chunk
+
+
+def _describe(
+    config: TrainConfig, data: ChunkDataset, context_length: int, console: Console
+) -> dict[str, Any]:
+    per_step = config.batch_size * config.accumulate
+    steps = config.steps or max(1, round(config.epochs * len(data) / per_step))
+    facts = {
+        "chunks": len(data),
+        "context_length": context_length,
+        "steps": steps,
+        "chunks_per_step": per_step,
+    }
+    console.table("would train", ["", ""], facts.items())
+    return {"dry_run": True, **facts}
+
+
+def _train(
+    config: TrainConfig,
+    console: Console,
+    mesh: Mesh,
+    run_folder: Run,
+    data: ChunkDataset,
+    context_length: int,
+) -> dict[str, Any]:
+    newest, faults = mesh.from_main(lambda: checkpoint.newest(config.out))
+    for fault in faults:
+        console.warn(fault)
+    loaded = _load(config, newest, context_length)
+    record = loaded.record(context_length)
+    step, total = resumed_step(newest) if newest else (0, 0)
+    if newest and mesh.is_main:
+        run_folder.rewind_metrics(step)
+        console.print(f"resuming {config.out} at step {step} of {total}")
+    try:
+        if newest and step >= total:  # the adapter is all that is missing; Trainer would take one step more
+            result: dict[str, Any] = {"steps": step}
+        else:
+            result = _run_trainer(config, console, mesh, run_folder, data, loaded, record, newest)
+    except LongLoRAError as error:
+        if mesh.is_main:
+            resumable = not isinstance(error, NumericError)
+            status = "stopped" if isinstance(error, Interrupted | Terminated) else "failed"
+            at = max(checkpoint.steps_of(config.out), default=0)
+            run_folder.note(
+                status=status, step=at, reason=error.message, exit_code=error.exit_code, resumable=resumable
+            )
+        raise
+    if mesh.is_main:
+        result |= {
+            "context_length": context_length,
+            "rope": loaded.rope.to_json(),
+            "trainable": _trainable(loaded),
+        }
+        # The note first: a run without an adapter resumes, but one with an adapter is never looked at again.
+        run_folder.note(status="finished", step=result["steps"], exit_code=0, result=result)
+        with atomic_folder(run_folder.adapter, "adapter", {"step": result["steps"]}) as staging:
+            adapters.save(loaded.model, loaded.tokenizer, record, staging)
+        console.print(f"trained {result['steps']} steps; the adapter is in {run_folder.adapter}")
+    mesh.barrier()
+    return {"run": str(config.out), "finished": True, **result}
+
+
+def _load(config: TrainConfig, newest: Path | None, context_length: int) -> LoadedModel:
+    torch.manual_seed(config.seed)
+    if newest is not None:
+        resumed = config.model_copy(update={"model": str(newest)})
+        loaded = load_model(resumed, None, context_length=context_length, training=True)
+    else:
+        loaded = load_model(config, config, context_length=context_length, training=True)
+        if not loaded.source_has_adapter:
+            loaded.model = adapters.attach(loaded.model, config, quantization=loaded.quantization)
+    if config.checkpoint_layers:
+        enable = getattr(loaded.causal_lm, "activation_checkpointing_enable", None)
+        enable = enable or loaded.causal_lm.gradient_checkpointing_enable  # its name before transformers 5.23
+        enable({"use_reentrant": False})
+    use_tiled_loss(loaded.causal_lm, config.loss_tile)
+    return loaded
+
+
+def _trainable(loaded: LoadedModel) -> int:
+    return sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+
+
+def _linear_parameters(loaded: LoadedModel) -> int:
+    linear = [m for m in loaded.causal_lm.modules() if hasattr(m, "in_features") and not hasattr(m, "lora_A")]
+    return sum(m.in_features * m.out_features for m in linear)
+
+
+def _run_trainer(
+    config: TrainConfig,
+    console: Console,
+    mesh: Mesh,
+    run_folder: Run,
+    data: ChunkDataset,
+    loaded: LoadedModel,
+    record: Any,
+    newest: Path | None,
+) -> dict[str, Any]:
+    pad = loaded.tokenizer.pad_token_id
+    pad_id = pad if pad is not None else loaded.tokenizer.eos_token_id or 0
+    meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device)
+    evaluator = make_evaluator(config, loaded, mesh) if config.eval_data is not None else None
+    trainer = LongContextTrainer(
+        config, loaded, data, partial(collate, pad_id=pad_id), record, mesh, meter, evaluator
+    )
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    rows: list[dict[str, Any]] = []
+
+    def receive(row: dict[str, Any]) -> None:
+        run_folder.log(row)
+        rows.append(row)
+        if line := _line(row):
+            console.print(line)
+
+    with StopSignals(mesh, loaded.device) as signals, console.progress("training", config.steps) as advance:
+        trainer.add_callback(LogLines(receive, advance))
+        trainer.add_callback(signals)
+        if mesh.is_main:
+            run_folder.note(status="running", step=int(newest.name[5:]) if newest else 0)
+        outcome = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    if signals.received == signal.SIGINT:
+        raise Interrupted(
+            f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes."
+        )
+    if signals.received is not None:
+        raise Terminated(
+            f"stopped at step {outcome.global_step}, which was saved", hint="The same command resumes."
+        )
+    final = trainer.evaluate() if evaluator else {}
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return {"steps": int(outcome.global_step), "last_loss": losses[-1] if losses else None, **final}
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A log row as one line for people; empty for rows that repeat what was shown."""
+    if any(name.startswith("eval_") for name in row):
+        parts = [f"{n.removeprefix('eval_')} {v:.4g}" for n, v in row.items() if n.startswith("eval_")]
+        return f"step {row['step']}: evaluation: " + ", ".join(parts)
+    if "tokens_per_second" not in row:
+        return ""
+    memory = f"GPU {row['peak_gpu_gib']:.1f} GiB, " if "peak_gpu_gib" in row else ""
+    return (
+        f"step {row['step']}: loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
+        f"{row['tflops']:.1f} TFLOP/s, {memory}host {row['peak_host_gib']:.1f} GiB"
+    )

@@ -1,0 +1,127 @@
+"""Encode text that comes from users so that it can never become control tokens.
+
+A tokenizer finds its special tokens by their text, wherever that text comes from: a document with
+`<|im_end|>` in it would end a turn. Here a second copy of the tokenizer is made in which every special token
+goes by a secret name. Text encodes to exactly the ids that the plain tokenizer gives it, except that the
+special tokens' usual names are ordinary characters; only who knows the secret names (the chat template's
+renderer) can write a special token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+
+class SafeEncoder:
+    """The copy of a tokenizer in which special tokens go by secret names.
+
+    Args:
+        tokenizer: A fast tokenizer; it is not changed.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        special = [token for token in state["added_tokens"] if token["special"]]
+        # Drawn anew in each process: text written beforehand cannot contain it. Ids do not depend on it.
+        # Lower-case hexadecimal digits between private-use characters pass every normalizer unchanged.
+        nonce = secrets.token_hex(8)
+        self._secret = {t["content"]: f"\ue0f0{nonce}{t['id']:x}\ue0f1" for t in special}
+        self._names = re.compile(
+            "|".join(re.escape(name) for name in sorted(self._secret, key=len, reverse=True)) or r"(?!)"
+        )
+        self._special = {t["content"]: int(t["id"]) for t in special}
+        for token in special:
+            token["content"] = self._secret[token["content"]]
+        _rename_in_model(state["model"], self._secret)
+        state["post_processor"] = (
+            None  # it trims offsets, and its tokens are added by `begin` and `end` instead
+        )
+        state["padding"] = state["truncation"] = None
+        self.backend = Tokenizer.from_str(json.dumps(state))
+        # A token outside the model's vocabulary may get another id when the copy is built.
+        moved = {
+            self.backend.token_to_id(self._secret[name]): number for name, number in self._special.items()
+        }
+        self._moved = {new: old for new, old in moved.items() if new != old}
+        self.special_ids = frozenset(self._special.values())
+        self.begin, self.end = _frame(tokenizer)
+
+    def secret(self, text: str) -> str:
+        """Trusted text (a template's) with each special token written by its secret name."""
+        return self._names.sub(lambda match: self._secret[match[0]], text)
+
+    def special_at_start(self, text: str) -> int | None:
+        """The id of the special token whose usual name trusted text begins with, if it does."""
+        match = self._names.match(text)
+        return self._special[match[0]] if match else None
+
+    def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
+        """Ids of each text, int32 `[tokens]`, without begin and end tokens; all cores work on it."""
+        return [self.ids(e) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_offsets(self, texts: list[str]) -> list[Encoding]:
+        """Encodings with character offsets into the given texts; take ids through `ids`."""
+        encodings: list[Encoding] = self.backend.encode_batch(texts, add_special_tokens=False)
+        return encodings
+
+    def ids(self, encoding: Encoding) -> npt.NDArray[np.int32]:
+        """The plain tokenizer's ids of an encoding, int32 `[tokens]`."""
+        ids = np.array(encoding.ids, dtype=np.int32)
+        if self._moved:
+            found = ids.copy()
+            for new, old in self._moved.items():
+                found[ids == new] = old
+            return found
+        return ids
+
+
+def _rename_in_model(model: dict[str, Any], secret: dict[str, str]) -> None:
+    """Take the special tokens out of the model's reach, keeping their ids.
+
+    A Unigram or WordLevel model, or a BPE model with `ignore_merges`, finds an entry of its vocabulary by its
+    text even when the tokenizer does not split it off first; a BPE model also when merges lead to it.
+    """
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, list):  # Unigram: [piece, score] by id
+        model["vocab"] = [[secret.get(piece, piece), score] for piece, score in vocabulary]
+    elif isinstance(vocabulary, dict):
+        model["vocab"] = {secret.get(piece, piece): number for piece, number in vocabulary.items()}
+    if model.get("unk_token") in secret:
+        model["unk_token"] = secret[model["unk_token"]]
+    if "merges" in model:
+        model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in secret]
+
+
+def _merged(merge: Any) -> str:
+    return "".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1)
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer itself puts before and after a text."""
+    backend = tokenizer.backend_tokenizer
+    bare = backend.encode("a", add_special_tokens=False).ids
+    framed = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            return framed[:start], framed[start + len(bare) :]
+    return [], []
+
+
+_ENCODERS: WeakKeyDictionary[Any, tuple[int, SafeEncoder]] = WeakKeyDictionary()
+
+
+def safe_encoder(tokenizer: Any) -> SafeEncoder:
+    """The tokenizer's `SafeEncoder`, made once (0.3 s for 49,152 tokens) and again when tokens were added."""
+    known = _ENCODERS.get(tokenizer)
+    if known is None or known[0] != len(tokenizer):
+        known = (len(tokenizer), SafeEncoder(tokenizer))
+        _ENCODERS[tokenizer] = known
+    return known[1]

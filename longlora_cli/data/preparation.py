@@ -1,0 +1,99 @@
+"""From tokenized documents to packed chunks: cut, spool, pack, write.
+
+Tokens go to a temporary file as they come; in memory stay two numbers a piece. A million documents of 4,096
+tokens need 16 MB of memory and 32 GB of disk, whatever packing does.
+"""
+
+from __future__ import annotations
+
+from array import array
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+
+from longlora_cli.data.chunk import IGNORE, Int32
+from longlora_cli.data.chunking import Counts, Cutter, TokenizedDocument
+from longlora_cli.data.dataset import ChunkWriter
+from longlora_cli.data.packing import pack, shuffled
+
+
+class Preparation:
+    """Pieces on their way into chunks.
+
+    Args:
+        cutter: How documents are cut.
+        spool_folder: Where the temporary file of tokens is made; None only counts, and nothing is written.
+    """
+
+    def __init__(self, cutter: Cutter, spool_folder: Path | None) -> None:
+        self.cutter = cutter
+        self.counts = Counts()
+        self.trained_tokens = 0
+        self._lengths = array("q")
+        # Closed by `close`, after the chunks were written.
+        self._spool: Any = TemporaryFile(dir=spool_folder) if spool_folder else None  # noqa: SIM115
+
+    def add(self, document: TokenizedDocument) -> None:
+        """Cut one document and keep its pieces.
+
+        Raises:
+            DataError: It is too long and the cutter's rule is `error`.
+        """
+        for ids, labels in self.cutter.cut(document, self.counts):
+            self._lengths.append(len(ids))
+            self.trained_tokens += int(np.count_nonzero(labels != IGNORE))
+            if self._spool is not None:
+                ids.astype(np.int32, copy=False).tofile(self._spool)
+                labels.astype(np.int32, copy=False).tofile(self._spool)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each piece, int64 `[pieces]`."""
+        return np.array(self._lengths, dtype=np.int64)
+
+    def layout(self, *, packed: bool, seed: int) -> list[list[int]]:
+        """The pieces of each chunk; chunks in the seed's order."""
+        lengths = self.lengths
+        chunks = pack(lengths, self.cutter.max_length) if packed else [[i] for i in range(len(lengths))]
+        return shuffled(chunks, seed)
+
+    def write(self, layout: list[list[int]], writer: ChunkWriter) -> None:
+        """Write the chunks of a layout.
+
+        Raises:
+            ValueError: This preparation only counts.
+        """
+        if self._spool is None:
+            raise ValueError("nothing was spooled")
+        self._spool.flush()
+        tokens = np.memmap(self._spool, dtype=np.int32, mode="r")
+        lengths = self.lengths
+        starts = 2 * (np.cumsum(lengths) - lengths)  # ids and labels of a piece lie side by side
+        for chunk in layout:
+            pieces = [_piece(tokens, int(starts[number]), int(lengths[number])) for number in chunk]
+            writer.add(
+                np.concatenate([ids for ids, _ in pieces]),
+                np.concatenate([labels for _, labels in pieces]),
+                lengths[chunk].astype(np.int32),
+            )
+
+    def close(self) -> None:
+        """Remove the temporary file; it has no name on disk, so a killed process leaves none either."""
+        if self._spool is not None:
+            self._spool.close()
+
+
+def _piece(tokens: Int32, start: int, length: int) -> tuple[Int32, Int32]:
+    return tokens[start : start + length], tokens[start + length : start + 2 * length]
+
+
+def length_histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Pieces by length: (upper bound in tokens, a power of two; pieces above half of it and up to it)."""
+    if not len(lengths):
+        return []
+    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(powers)
+    first = int(np.flatnonzero(counts)[0])
+    return [(1 << power, int(counts[power])) for power in range(first, len(counts))]

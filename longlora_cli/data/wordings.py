@@ -1,0 +1,112 @@
+"""The words of synthetic facts: keys, values, and several ways to state and ask one.
+
+The `eval` wordings share no template and no noun with the `train` ones, so that a model can also be tested on
+sentences of a form that it was never trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+Wording = Literal["train", "eval"]
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ADJECTIVES = _words(
+    """
+    amber ancient arctic bitter blue bold brass bright broken calm clever copper coral crimson crystal
+    dark distant dusty eager early empty fierce frozen gentle gilded golden grand green grey hidden
+    hollow humble iron ivory jade late little lonely loud lucky mellow misty narrow noble northern pale
+    patient plain polar proud purple quiet rapid red rustic silent silver small southern steady
+    """
+)
+_NOUNS = _words(
+    """
+    anchor anvil apple arrow badger basket beacon bell bridge candle castle cedar chapel clock compass
+    crane drum eagle falcon feather fiddle forest fountain garden glacier hammer harbor hawk heron
+    island kettle ladder lantern lion maple meadow mill mirror mountain needle orchard otter oven owl
+    parrot pebble piano pigeon pillow pine raven ribbon river robin saddle salmon shield ship spade
+    sparrow
+    """
+)
+_EVAL_NOUNS = (
+    "spider",
+    "summit",
+    "sword",
+    "temple",
+    "thistle",
+    "tiger",
+    "tower",
+    "valley",
+    "violin",
+    "willow",
+)
+_CITIES = _words(
+    """
+    Lisbon Oslo Vienna Dublin Cairo Lima Quito Havana Kyoto Seoul Delhi Tunis Riga Prague Warsaw Geneva
+    Naples Seville Porto Bergen Malmo Turin Genoa Basel Bruges Ghent Leiden Krakow Tallinn Vilnius
+    Zagreb Sofia Nairobi Dakar Accra Lagos Manila Hanoi Jakarta Perth Boston Denver Dallas Austin Tampa
+    Omaha Tucson Calgary Ottawa Halifax
+    """
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """One way to state and to ask a fact; `{key}` and `{value}` are filled in.
+
+    Args:
+        kind: `number` (five digits) or `city`.
+    """
+
+    sentence: str
+    question: str
+    kind: Literal["number", "city"]
+
+
+_TRAIN = (
+    Template("The secret code of the {key} is {value}.", "What is the secret code of the {key}?", "number"),
+    Template("The {key} has the number {value}.", "Which number does the {key} have?", "number"),
+    Template("Remember {value}, the password of the {key}.", "What is the password of the {key}?", "number"),
+    Template("To open the {key}, dial {value}.", "What do you dial to open the {key}?", "number"),
+    Template("The price of the {key} was {value} coins.", "How many coins was the {key}?", "number"),
+    Template("The {key} was sent to {value}.", "Where was the {key} sent?", "city"),
+)
+_EVAL = (
+    Template("They registered the {key} under {value}.", "Under what was the {key} registered?", "number"),
+    Template("You can find the {key} in {value}.", "In which city can you find the {key}?", "city"),
+)
+
+
+def templates(wording: Wording) -> tuple[Template, ...]:
+    """The ways to state and ask a fact."""
+    return _TRAIN if wording == "train" else _EVAL
+
+
+def draw_keys(rng: random.Random, count: int, wording: Wording) -> list[str]:
+    """`count` different adjective-noun pairs; no two share their noun as long as there are nouns enough."""
+    nouns = list(_NOUNS if wording == "train" else _EVAL_NOUNS)
+    rng.shuffle(nouns)
+    adjectives = {noun: rng.sample(ADJECTIVES, len(ADJECTIVES)) for noun in nouns[:count]}
+    rounds = [divmod(number, len(nouns)) for number in range(count)]
+    return [f"{adjectives[nouns[noun]][turn]} {nouns[noun]}" for turn, noun in rounds]
+
+
+def draw_value(rng: random.Random, template: Template, wording: Wording, taken: str) -> tuple[Template, str]:
+    """A value for the template that does not occur in `taken`: five digits without a leading zero, or a city.
+
+    When the text names every city, the first template of the wording, a number's, is used instead.
+    """
+    if template.kind == "city":
+        free = [city for city in _CITIES if city not in taken]
+        if free:
+            return template, rng.choice(free)
+        template = templates(wording)[0]
+    while (value := str(rng.randint(10000, 99999))) in taken:
+        pass
+    return template, value

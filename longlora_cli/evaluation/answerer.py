@@ -1,0 +1,37 @@
+"""The project's generation engine as something that evaluation can ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longlora_cli.evaluation.generation import Answer
+from longlora_cli.generation.session import Session, stop_ids
+from longlora_cli.models.loading import LoadedModel
+
+
+class SessionAnswerer:
+    """Greedy answers from one KV cache, which keeps the longest prefix that the next prompt shares.
+
+    Args:
+        loaded: The model, in eval mode.
+        prefill_chunk: Tokens of a prompt read at one time.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, prefill_chunk: int) -> None:
+        self._session = Session(loaded, prefill_chunk=prefill_chunk)
+        self._stop_ids = stop_ids(loaded)
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        """The likeliest continuation. Prompts beyond the model's length are read too: that is what "before"
+        shows.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; half an answer is no measurement.
+            NumericError: The logits are not finite numbers.
+        """
+        said = self._session.answer(
+            list(ids), max_new_tokens=max_new_tokens, stop_ids=self._stop_ids, allow_beyond=True
+        )
+        if said.finish == "interrupted":
+            raise KeyboardInterrupt
+        return Answer(said.ids, said.text, said.finish, said.reused_tokens)

@@ -1,0 +1,179 @@
+"""Evaluation by generation: questions in, answers out, scores after. The layers share only rows.
+
+A `Question` is made with a tokenizer alone, `predict` needs something that answers, and scoring needs
+neither.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from longlora_cli.errors import DataError
+from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
+from longlora_cli.evaluation.statistics import mean
+
+Advance = Callable[[int], None]
+Row = dict[str, Any]
+_COSTS = ("seconds", "prompt_tokens", "reused_tokens", "new_tokens")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Args:
+        ids: New token ids, without the end token.
+        text: The same as text.
+        finish: `eos` when the model ended it, `length` when it was cut at the limit.
+        reused_tokens: Tokens of the prompt that were not read again, because a cache held them.
+    """
+
+    ids: list[int]
+    text: str
+    finish: Literal["eos", "length"]
+    reused_tokens: int = 0
+
+
+class Answerer(Protocol):
+    """Anything that continues token ids; a model with its KV cache, or a fake."""
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        """The likeliest continuation of `ids`, at most `max_new_tokens` long."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt whose answer is known.
+
+    Args:
+        task: The task it belongs to.
+        prompt: Token ids up to where the answer begins, the chat template included.
+        references: Right answers, at least one.
+        facts: What is known of it (length, depth, sample, line); copied into its row.
+    """
+
+    task: str
+    prompt: Sequence[int]
+    references: list[str]
+    facts: Row = field(default_factory=dict)
+
+
+def predict(
+    answerer: Answerer,
+    questions: Iterable[Question],
+    *,
+    max_new_tokens: int,
+    settings: Any = None,
+    journal: Journal | None = None,
+    advance: Advance | None = None,
+) -> Iterator[Row]:
+    """Answer questions in their order; those that the journal holds are not asked again.
+
+    Consecutive questions should share long prefixes: an answerer with a cache reads a shared prefix once.
+
+    Args:
+        answerer: What answers.
+        questions: Read lazily.
+        max_new_tokens: Longest answer.
+        settings: JSON of whatever else decides an answer (model, numbers, positions); part of each row's key.
+        journal: Where finished rows are kept.
+        advance: Called with 1 after each question.
+
+    Yields:
+        Rows: `key`, `task`, the question's facts, `references`, `prediction`, `finish`, `prompt_tokens`,
+        `reused_tokens`, `new_tokens`, `seconds`.
+    """
+    kept = journal if journal is not None else Journal()
+    for question in questions:
+        key = key_of(question.task, hash_ids(question.prompt), question.references, max_new_tokens, settings)
+        row = kept.get(key)
+        if row is None:
+            started = time.perf_counter()
+            answer = answerer.answer(question.prompt, max_new_tokens)
+            row = {
+                "key": key,
+                "task": question.task,
+                **question.facts,
+                "references": question.references,
+                "prediction": answer.text,
+                "finish": answer.finish,
+                "prompt_tokens": len(question.prompt),
+                "reused_tokens": answer.reused_tokens,
+                "new_tokens": len(answer.ids),
+                "seconds": round(time.perf_counter() - started, 4),
+            }
+            kept.add(row)
+        if advance is not None:
+            advance(1)
+        # Equal questions share a key, but each has its own place.
+        yield row | question.facts
+
+
+def speed(rows: Sequence[Row]) -> Row:
+    """What answering cost, over rows of `predict`.
+
+    `tokens_per_second` counts prompt tokens in full even where a cache spared reading them: it is the rate
+        that a
+    user sees. `reused_tokens` says how many were spared.
+    """
+    sums = {name: sum(row[name] for row in rows) for name in _COSTS}
+    tokens = sums["prompt_tokens"] + sums["new_tokens"]
+    return {**sums, "tokens_per_second": tokens / sums["seconds"] if sums["seconds"] > 0 else None}
+
+
+def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[Row]]:
+    """Score predictions with `evaluate` metrics.
+
+    Args:
+        rows: From `predict`; at least one.
+        metrics: From `metrics.load_metrics`.
+
+    Returns:
+        The summary `{"n", "scores": {key: {"n", "score", "ci95"}}, "scorers": [...], "cut"}`, where `cut` is
+        the share of answers that ended at the limit, and the rows with their `scores`.
+
+    Raises:
+        DataError: No rows. A fault inside a scorer is raised as it is.
+    """
+    if not rows:
+        raise DataError("there is nothing to score")
+    predictions, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
+    summary: Row = {}
+    scored = [{**row, "scores": {}} for row in rows]
+    for metric in metrics:
+        found = metric.compute(predictions=predictions, references=references, per_sample=True)
+        for key, values in found["per_sample"].items():
+            summary[key] = mean(values, binary=metric.scorer.binary)
+            for row, value in zip(scored, values, strict=True):
+                row["scores"][key] = value
+    cut = sum(row["finish"] == "length" for row in rows) / len(rows)
+    versions = [metric.scorer.version for metric in metrics]
+    return {"n": len(rows), "scores": summary, "scorers": versions, "cut": cut}, scored
+
+
+def evaluate_generation(
+    answerer: Answerer,
+    questions: Iterable[Question],
+    metrics: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    advance: Advance | None = None,
+) -> Row:
+    """Answer and score; for evaluation inside training.
+
+    Args:
+        answerer: What answers.
+        questions: From `tasks.rows.read_questions`.
+        metrics: From `metrics.load_metrics`.
+        max_new_tokens: Longest answer.
+        advance: Called with 1 after each question.
+
+    Returns:
+        `{"n", "scores": {key: {"n", "score", "ci95"}}, "scorers", "cut"}`; see `score_rows`.
+    """
+    rows = list(predict(answerer, questions, max_new_tokens=max_new_tokens, advance=advance))
+    return score_rows(rows, metrics)[0]

@@ -1,0 +1,151 @@
+"""What an evaluation will ask, made and checked with a tokenizer before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longlora_cli.config import EvalConfig
+from longlora_cli.data.haystack import Haystack
+from longlora_cli.errors import DataError
+from longlora_cli.evaluation.generation import Question
+from longlora_cli.evaluation.scorers import check_metrics
+from longlora_cli.evaluation.tasks import needle, passkey, rows
+from longlora_cli.evaluation.texts import Text, read_haystack, read_texts
+
+# Answers of passkey and needle are a number or a word; with a sentence around it 32 tokens are plenty, and a
+# model that never stops should not cost more.
+_GRID_ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class EvalPlan:
+    """Everything to be measured.
+
+    Args:
+        config: The settings.
+        tokenizer: Of the model to be measured.
+        texts: What perplexity reads.
+        rows: Questions of `generate`.
+        haystack: Of passkey and needle.
+    """
+
+    config: EvalConfig
+    tokenizer: Any
+    texts: list[Text] = field(default_factory=list)
+    rows: list[Question] = field(default_factory=list)
+    haystack: Haystack | None = None
+
+    @property
+    def grid_answer_tokens(self) -> int:
+        """Longest answer of passkey and needle."""
+        return min(self.config.max_new_tokens, _GRID_ANSWER_TOKENS)
+
+    def grid_questions(self, task: str) -> Iterator[Question]:
+        """The questions of `passkey` or `needle`, shortest length first."""
+        for length in sorted(set(self.config.lengths)):
+            yield from self._questions_of(task, length, self.config.samples)
+
+    def grid_count(self) -> int:
+        """How many questions a grid has."""
+        return len(set(self.config.lengths)) * self.config.depths * self.config.samples
+
+    def _questions_of(self, task: str, length: int, samples: int) -> Iterator[Question]:
+        assert self.haystack is not None  # make_plan reads it for these tasks
+        c = self.config
+        shared: dict[str, Any] = {
+            "length": length,
+            "depths": c.depths,
+            "samples": samples,
+            "seed": c.seed,
+            "answer_tokens": self.grid_answer_tokens,
+        }
+        if task == passkey.TASK:
+            return passkey.passkey_questions(self.haystack, self.tokenizer, **shared)
+        return needle.needle_questions(
+            self.haystack, self.tokenizer, facts=c.needle_facts, wording=c.needle_wording, **shared
+        )
+
+    def check_lengths(self) -> None:
+        """Make the first sample of each grid and length.
+
+        Raises:
+            SettingsError: A length does not hold a sample.
+            DataError: The tokenizer has no chat template, which needles need.
+        """
+        for task in self.grids:
+            for length in sorted(set(self.config.lengths)):
+                next(iter(self._questions_of(task, length, 1)))
+
+    @property
+    def grids(self) -> list[str]:
+        """The retrieval tasks that were asked for."""
+        return [task for task in dict.fromkeys(self.config.tasks) if task in (passkey.TASK, needle.TASK)]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest thing that will be read, its answer included."""
+        config = self.config
+        needs = [len(question.prompt) + config.max_new_tokens for question in self.rows]
+        needs += [min(config.window, len(text.ids)) for text in self.texts]
+        if self.grids:
+            needs += config.lengths
+        return max(needs)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """For each task `samples`, `tokens` of all its prompts, and `longest`; grids are made in full."""
+        found: dict[str, dict[str, int]] = {}
+        for task in dict.fromkeys(self.config.tasks):
+            if task == "ppl":
+                sizes = [len(text.ids) for text in self.texts]
+            else:
+                questions = self.rows if task == rows.TASK else self.grid_questions(task)
+                sizes = [len(question.prompt) for question in questions]
+            found[task] = {"samples": len(sizes), "tokens": sum(sizes), "longest": max(sizes)}
+        return found
+
+
+def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
+    """Read and check all input.
+
+    With both `ppl` and `generate`, .jsonl files of `data` are rows and everything else is text.
+
+    Raises:
+        SettingsError: A metric that does not exist, a length that does not hold its sample.
+        DataError: Input that cannot be used.
+        NotFoundError: The embedded book is needed and not there.
+    """
+    tasks = set(config.tasks)
+    row_paths = (
+        [path for path in config.data if path.suffix.lower() == ".jsonl"] if "generate" in tasks else []
+    )
+    text_paths = [path for path in config.data if path not in row_paths]
+    questions: list[Question] = []
+    if "generate" in tasks:
+        check_metrics(config.metrics)
+        questions = _read_rows(row_paths, config.max_samples, tokenizer)
+    if text_paths and "ppl" not in tasks:
+        raise DataError(f"{text_paths[0]}: --tasks generate reads .jsonl files only")
+    texts = (
+        read_texts(text_paths, tokenizer, split=config.split, max_tokens=config.max_tokens)
+        if "ppl" in tasks
+        else []
+    )
+    haystack = read_haystack(config.haystack, split=config.split) if tasks & {"passkey", "needle"} else None
+    plan = EvalPlan(config, tokenizer, texts, questions, haystack)
+    plan.check_lengths()
+    return plan
+
+
+def _read_rows(paths: list[Path], max_samples: int | None, tokenizer: Any) -> list[Question]:
+    if not paths:
+        raise DataError("--tasks generate needs a .jsonl file", hint="Give it with --data FILE.jsonl.")
+    questions: list[Question] = []
+    for path in paths:
+        left = None if max_samples is None else max_samples - len(questions)
+        if left == 0:
+            break
+        questions += rows.read_questions(path, tokenizer, max_samples=left)
+    return questions

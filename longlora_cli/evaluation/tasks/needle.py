@@ -1,0 +1,145 @@
+"""Needles: several facts in one long text, asked one by one. Needs a tokenizer only.
+
+The chats are those that `longlora prepare --synthetic` makes for training (`data/synthetic.py`), from another
+random stream. One fact is asked for in each of `depths` equal parts of the text; the others distract. All
+questions of one sample share their text, so that a model reads it once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from longlora_cli.data.chat_template import encode_prompt, require_template
+from longlora_cli.data.haystack import Haystack
+from longlora_cli.data.synthetic import RetrievalChat, make_retrieval_chat
+from longlora_cli.data.wordings import Wording
+from longlora_cli.errors import DataError, SettingsError
+from longlora_cli.evaluation.generation import Question
+
+TASK = "needle"
+_TRIES = 4
+_CLOSE = 0.98
+
+
+def needle_questions(
+    haystack: Haystack,
+    tokenizer: Any,
+    *,
+    length: int,
+    depths: int,
+    samples: int,
+    facts: int,
+    seed: int,
+    answer_tokens: int,
+    wording: Wording = "train",
+    first_sample: int = 0,
+) -> Iterator[Question]:
+    """Questions whose prompt and answer together have at most `length` tokens, close to it.
+
+    Args:
+        haystack: Where the text comes from.
+        tokenizer: Counts the tokens; needs a chat template.
+        length: Most tokens of prompt and answer.
+        depths: Equal parts of the text; a fact stands at a random place in each and is asked for.
+        samples: Texts per length; each has all depths.
+        facts: Facts in one text, at least `depths`.
+        seed: With length and sample number, decides everything random.
+        answer_tokens: Kept free for the answer.
+        wording: Forms of the sentences: those that training data has, or others.
+        first_sample: Number of the first sample.
+
+    Yields:
+        Questions with the facts `length`, `depth` (middle of the part), `actual_depth` (share of the filler's
+        tokens before the fact) and `sample`.
+
+    Raises:
+        SettingsError: `length` does not hold the facts, or there are fewer facts than depths.
+        DataError: The tokenizer has no chat template.
+    """
+    require_template(tokenizer)
+    if facts < depths:
+        raise SettingsError(f"--needle-facts {facts} is below --depths {depths}: one fact is asked per depth")
+    for sample in range(first_sample, first_sample + samples):
+        rng = random.Random(f"needle:{seed}:{length}:{sample}")
+        places = [(part + rng.random()) / depths for part in range(depths)]
+        places += [rng.random() for _ in range(facts - depths)]
+
+        def make(budget: int, places: list[float] = places, sample: int = sample) -> RetrievalChat:
+            return make_retrieval_chat(
+                haystack,
+                tokenizer,
+                length=budget,
+                facts=facts,
+                questions=depths,
+                seed=seed,
+                index=length * 100_000 + sample,  # lengths share nothing
+                depths=places,
+                wording=wording,
+            )
+
+        yield from _fit(tokenizer, make, length, answer_tokens, depths, sample)
+
+
+def _fit(
+    tokenizer: Any, make: Any, length: int, answer_tokens: int, depths: int, sample: int
+) -> list[Question]:
+    """Questions of the longest chat whose every single question and answer fit.
+
+    `make` counts all questions and answers of a chat, but each is asked alone: the text may be longer by the
+        others.
+    """
+    budget = length
+    best: list[list[int]] | None = None
+    best_chat: RetrievalChat | None = None
+    longest_best = 0
+    for _ in range(_TRIES):
+        chat = _make_or_refuse(make, budget, length)
+        prompts = [encode_prompt(tokenizer, [message]) for message in _first_turns(chat)]
+        longest = max(map(len, prompts)) + answer_tokens
+        if longest_best < longest <= length:
+            best, best_chat, longest_best = prompts, chat, longest
+        if length * _CLOSE <= longest <= length:
+            break
+        budget += length - longest
+    if best is None or best_chat is None:
+        raise _too_short(length)
+    return [
+        Question(
+            TASK,
+            best[part],
+            [best_chat.facts[number].answer],
+            {
+                "length": length,
+                "depth": (part + 0.5) / depths,
+                "actual_depth": best_chat.facts[number].depth,
+                "sample": sample,
+                "question": best_chat.facts[number].question,
+            },
+        )
+        for part, number in enumerate(best_chat.asked)
+    ]
+
+
+def _make_or_refuse(make: Any, budget: int, length: int) -> RetrievalChat:
+    try:
+        chat: RetrievalChat = make(budget)
+    except DataError as error:
+        raise _too_short(length, error.message) from error
+    return chat
+
+
+def _too_short(length: int, reason: str | None = None) -> SettingsError:
+    return SettingsError(
+        f"--lengths {length} is too short for a needle sample",
+        rule=reason,
+        hint="Use longer --lengths, fewer --needle-facts or fewer --depths.",
+    )
+
+
+def _first_turns(chat: RetrievalChat) -> list[dict[str, str]]:
+    """The text with each asked question as the only turn."""
+    first = chat.messages[0]["content"]
+    context = first.removesuffix(chat.facts[chat.asked[0]].question)
+    return [{"role": "user", "content": context + chat.facts[number].question} for number in chat.asked]

@@ -1,0 +1,267 @@
+"""One model and what it has read: answers that run only the tokens which are new.
+
+A session keeps a key/value cache and the exact ids in it. A prompt that begins with the same ids goes on from there;
+the longest common prefix is found on ids, never on text. What was interrupted leaves a valid prefix behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from longlora_cli.errors import SettingsError
+from longlora_cli.generation.prefill import (
+    Advance,
+    cache_bytes,
+    cache_length,
+    crop,
+    depends_on_length,
+    new_cache,
+    prefill,
+    step,
+)
+from longlora_cli.generation.sampling import Sampler, greedy
+from longlora_cli.generation.text_stream import TextStream
+from longlora_cli.models.loading import LoadedModel
+
+Finish = Literal["eos", "length", "interrupted"]
+OnToken = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and what it cost.
+
+    Args:
+        ids: The generated tokens without the one that ended them.
+        text: Their text without special tokens.
+        finish: `eos`: the model ended; `length`: `max_new_tokens` were made; `interrupted`: Ctrl-C.
+        prompt_tokens: Length of the prompt.
+        reused_tokens: Tokens of the prompt that were in the cache.
+        prefill_seconds: Until the first token was chosen; also of a prefill that was interrupted.
+        decode_seconds: From then on.
+        kv_bytes: Keys and values held afterwards.
+    """
+
+    ids: list[int]
+    text: str
+    finish: Finish
+    prompt_tokens: int
+    reused_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    kv_bytes: int
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens run per second."""
+        return (self.prompt_tokens - self.reused_tokens) / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second after the first; 0 when there is at most one."""
+        return max(len(self.ids) - 1, 0) / max(self.decode_seconds, 1e-9)
+
+
+def stop_ids(loaded: LoadedModel) -> frozenset[int]:
+    """All tokens that end an answer: the tokenizer's, the generation config's, and the chat template's end of turn."""
+    found = {loaded.tokenizer.eos_token_id}
+    for config in (getattr(loaded.causal_lm, "generation_config", None), loaded.causal_lm.config):
+        own = getattr(config, "eos_token_id", None)
+        found |= set(own) if isinstance(own, list | tuple) else {own}
+    found.add(_end_of_turn(loaded.tokenizer))
+    return frozenset(token for token in found if token is not None)
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    from longlora_cli.data.chat_template import render_chat
+    from longlora_cli.data.chunk import IGNORE
+
+    if not tokenizer.chat_template:
+        return None
+    chat = render_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    learnt = [label for label in chat.labels if label != IGNORE]
+    return learnt[-1] if learnt and learnt[-1] in tokenizer.all_special_ids else None
+
+
+def refuse_overflow(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
+    """Raise `SettingsError` when prompt and answer are longer than the context; nothing is ever cut to fit."""
+    needed = prompt_tokens + max_new_tokens
+    if needed <= limit:
+        return
+    room = limit - prompt_tokens
+    remedies = [f"give {needed - limit:,} tokens less of text"]
+    if room > 0:
+        remedies.append(f"use --max-new-tokens {room}")
+    remedies.append("use a run trained for longer, or stretch the positions with --rope")
+    raise SettingsError(
+        f"the prompt has {prompt_tokens:,} tokens and the answer up to {max_new_tokens:,}: {needed:,} are needed, "
+        f"the context has {limit:,}",
+        rule="Text is never cut without being asked.",
+        hint="; or ".join(remedies)[:1].upper() + "; or ".join(remedies)[1:] + ".",
+    )
+
+
+class Session:
+    """A model with the cache of one conversation.
+
+    Args:
+        loaded: The model; several sessions may share it when its positions do not depend on the length.
+        prefill_chunk: Tokens of a prompt run at one time.
+        context_length: Most tokens of prompt and answer; default: the model's.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, *, prefill_chunk: int = 4096, context_length: int | None = None
+    ) -> None:
+        self.loaded = loaded
+        self.prefill_chunk = prefill_chunk
+        self.context_length = context_length or loaded.context_length
+        self._cache = new_cache()
+        # Always what the cache holds or is about to hold, so that `ids` is right wherever an interruption struck.
+        self._ids: list[int] = []
+
+    @property
+    def ids(self) -> list[int]:
+        """The token ids whose keys and values are held."""
+        return self._ids[: cache_length(self._cache)]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values held now."""
+        return cache_bytes(self._cache)
+
+    def kv_bytes_for(self, tokens: int) -> int:
+        """Bytes of keys and values that this many tokens will take; known before they are run."""
+        element_bytes = 4 if self.loaded.dtype == "fp32" else 2
+        return tokens * self.loaded.facts.kv_bytes_per_token(element_bytes)
+
+    def reusable(self, ids: Sequence[int]) -> int:
+        """How many of these tokens need not be run. At least one is: its logits choose the first new token."""
+        if depends_on_length(self.loaded):
+            return 0
+        common = 0
+        for held, asked in zip(self.ids, ids, strict=False):
+            if held != asked:
+                break
+            common += 1
+        return min(common, len(ids) - 1)
+
+    def clear(self) -> None:
+        """Forget everything and free the memory."""
+        self._cache, self._ids = new_cache(), []
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        sampler: Sampler = greedy,
+        on_token: OnToken | None = None,
+        advance: Advance | None = None,
+        allow_beyond: bool = False,
+    ) -> Answer:
+        """Read a prompt and answer it.
+
+        Args:
+            ids: The whole prompt, at least one token; what the cache holds of it is not run again.
+            max_new_tokens: Most tokens of the answer.
+            stop_ids: Tokens that end it.
+            sampler: Chooses a token from logits `[vocabulary]`.
+            on_token: Called for each token with its id and the text that it completes, and at the end with the last
+                id once more if a text was unfinished.
+            advance: Called with the number of prompt tokens just run.
+            allow_beyond: Measure a model beyond its context length on purpose.
+
+        Returns:
+            The answer. Ctrl-C is not raised: it gives what was said so far, with `finish="interrupted"`. Callers
+            that answer many prompts must look at it.
+
+        Raises:
+            SettingsError: Prompt and answer do not fit, unless `allow_beyond`.
+            NumericError: See `prefill`.
+        """
+        if not ids:
+            raise ValueError("a prompt has at least one token")
+        if not allow_beyond:
+            refuse_overflow(len(ids), max_new_tokens, self.context_length)
+        run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token)
+        reused = self.reusable(ids)
+        started = time.perf_counter()
+        try:
+            logits = self._read(list(ids), reused, advance)
+            run.accept(logits)
+            while run.finish is None:
+                # Noted before it is run: `ids` then covers the cache at every moment.
+                self._ids.append(run.ids[-1])
+                run.accept(step(self.loaded, run.ids[-1], self._cache))
+            run.flush()
+        except KeyboardInterrupt:
+            run.finish = "interrupted"
+        ended = time.perf_counter()
+        first = run.first_token_at or ended
+        return Answer(
+            ids=run.ids,
+            text=self.loaded.tokenizer.decode(
+                run.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ),
+            finish=run.finish or "interrupted",
+            prompt_tokens=len(ids),
+            reused_tokens=reused,
+            prefill_seconds=first - started,
+            decode_seconds=ended - first,
+            kv_bytes=self.kv_bytes,
+        )
+
+    def _read(self, ids: list[int], reused: int, advance: Advance | None) -> Tensor:
+        if reused == 0:
+            self._cache = new_cache()  # and free the old one before the new one grows
+        else:
+            crop(self._cache, reused)
+        self._ids = ids
+        return prefill(self.loaded, ids[reused:], self._cache, chunk=self.prefill_chunk, advance=advance)
+
+
+class _Run:
+    """The state of one answer while it grows."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        sampler: Sampler,
+        on_token: OnToken | None,
+    ) -> None:
+        self.ids: list[int] = []
+        self.finish: Finish | None = None
+        self.first_token_at: float | None = None
+        self._left = max_new_tokens
+        self._stop_ids = stop_ids
+        self._sampler = sampler
+        self._on_token = on_token
+        self._stream = TextStream(tokenizer)
+
+    def accept(self, logits: Tensor) -> None:
+        """Choose the next token and see whether it is the last."""
+        token = self._sampler(logits)
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        if token in self._stop_ids:
+            self.finish = "eos"
+            return
+        self.ids.append(token)
+        self._left -= 1
+        if self._left == 0:
+            self.finish = "length"
+        if self._on_token is not None:
+            self._on_token(token, self._stream.push(token))
+
+    def flush(self) -> None:
+        """Hand over a character that was left unfinished."""
+        if self._on_token is not None and (rest := self._stream.finish()):
+            self._on_token(self.ids[-1], rest)

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longlora_cli.cli import main
+from longlora_cli.data.chunk import IGNORE
+from longlora_cli.data.dataset import ChunkDataset
+from longlora_cli.models.tokenizer import load_tokenizer
+
+CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The miller slept."}]
+WORDS = ["river", "mill", "secret", "amber", "falcon", "times", "age", "wisdom", "was", "the", "it", "of"]
+
+
+@pytest.fixture
+def model(tiny_tokenizer_folder: Path) -> str:
+    return str(tiny_tokenizer_folder)
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    rng = random.Random(0)
+    joints = [" ", " ", " ", " ", "\n\n"]
+    sentences = [f"The {' '.join(rng.choices(WORDS, k=8))}.{joints[n % 5]}" for n in range(300)]
+    path = tmp_path / "book.txt"
+    path.write_text("".join(sentences))
+    return path
+
+
+def prepare(*arguments: Any) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(["prepare", *map(str, arguments)])
+    return int(caught.value.code or 0)
+
+
+def prepared(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
+    code = prepare(*arguments, "--json")
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    content: dict[str, Any] = json.loads(output.out)
+    return content
+
+
+def rows(path: Path, *content: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+def left_behind(folder: Path, *expected: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path not in expected]
+
+
+def test_a_books_chunks_put_together_are_the_book(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "data"
+    summary = prepared(capsys, book, "-m", model, "-o", out, "--max-length", 128, "--no-pack")
+    tokenizer = load_tokenizer(model)
+    whole = [*tokenizer(book.read_text())["input_ids"], tokenizer.eos_token_id]
+    data = ChunkDataset.open(out, verify=True)
+    assert summary["tokens"] == sum(len(data[n]) for n in range(len(data))) == len(whole)
+    # The order is shuffled: every piece must be there once, and their tokens are all of the book's.
+    pieces = sorted(tuple(data[n].input_ids.tolist()) for n in range(len(data)))
+    assert pieces == sorted(tuple(whole[i : i + 128]) for i in range(0, len(whole), 128))
+
+
+def test_packing_keeps_every_document_whole_and_apart(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"The river {n} ran past the mill{' and past the mill' * (n % 7)}." for n in range(60)]
+    source = rows(tmp_path / "a.jsonl", *({"text": text} for text in texts))
+    summary = prepared(capsys, source, "-m", model, "-o", tmp_path / "data", "--max-length", 128)
+    data = ChunkDataset.open(tmp_path / "data")
+    assert len(data) == summary["chunks"] < 60
+    assert summary["fill"] > 0.9
+    found = []
+    for number in range(len(data)):
+        chunk = data[number]
+        starts = np.cumsum(chunk.document_lengths) - chunk.document_lengths
+        assert (chunk.labels[starts] == IGNORE).all()
+        assert (chunk.position_ids[starts] == 0).all()
+        found += [ids.tolist() for ids in np.split(chunk.input_ids, starts[1:])]
+    tokenizer = load_tokenizer(model)
+    assert sorted(found) == sorted([*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in texts)
+
+
+def test_the_same_command_gives_the_same_bytes(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = rows(tmp_path / "c.jsonl", *({"messages": CHAT} for _ in range(5)))
+    common = [book, chats, "-m", model, "--max-length", 512]
+    common += ["--synthetic", "needle=4", "--synthetic-facts", 2, "--synthetic-questions", 1]
+    for name in ("one", "two"):
+        prepared(capsys, *common, "-o", tmp_path / name)
+    first, second = [(tmp_path / name / "shard-00000.arrow").read_bytes() for name in ("one", "two")]
+    assert first == second
+    prepared(capsys, *common, "-o", tmp_path / "three", "--seed", 1)
+    assert (tmp_path / "three" / "shard-00000.arrow").read_bytes() != first
+
+
+def test_only_the_assistants_tokens_of_chats_are_learnt(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "c.jsonl", {"messages": CHAT})
+    prepared(capsys, source, "-m", model, "-o", tmp_path / "assistant")
+    prepared(capsys, source, "-m", model, "-o", tmp_path / "all", "--labels", "all")
+    tokenizer = load_tokenizer(model)
+    chunk = ChunkDataset.open(tmp_path / "assistant")[0]
+    assert tokenizer.decode(chunk.labels[chunk.labels != IGNORE]) == "The miller slept.<|im_end|>"
+    every = ChunkDataset.open(tmp_path / "all")[0]
+    assert every.labels.tolist() == [IGNORE, *every.input_ids.tolist()[1:]]
+
+
+def test_synthetic_chats_are_added_and_counted(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "--max-length", 512, "--no-pack", "--on-long", "drop"]
+    options = ["--synthetic-length", 300, "--synthetic-facts", 2, "--synthetic-questions", 1]
+    out = tmp_path / "data"
+    summary = prepared(capsys, *common, "-o", out, "--synthetic", "needle=12", *options)
+    assert (summary["chats"], summary["synthetic_chats"], summary["documents_dropped"]) == (12, 12, 1)
+    assert summary["longest_chunk"] <= 300
+    data, tokenizer = ChunkDataset.open(out), load_tokenizer(model)
+    for number in range(12):
+        answer = tokenizer.decode(data[number].labels[data[number].labels != IGNORE])
+        assert answer.removesuffix("<|im_end|>") in tokenizer.decode(data[number].input_ids)
+
+
+def test_the_summary_says_what_was_cut(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = prepared(capsys, book, "-m", model, "-o", tmp_path / "a", "--max-length", 64, "--overlap", 16)
+    assert whole["documents_split"] == 1
+    assert whole["tokens"] == whole["tokens_read"] + whole["tokens_repeated"]
+    common = [book, "-m", model, "--max-length", 64]
+    cut = prepared(capsys, *common, "-o", tmp_path / "b", "--on-long", "truncate")
+    assert (cut["tokens"], cut["tokens_dropped"]) == (64, cut["tokens_read"] - 64)
+    assert sum(bar["pieces"] for bar in cut["histogram"]) == 1
+
+
+def test_a_dry_run_counts_the_same_and_writes_nothing(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "-o", tmp_path / "data", "--max-length", 100]
+    dry = prepared(capsys, *common, "--dry-run")
+    assert left_behind(tmp_path, book) == []
+    real = prepared(capsys, *common)
+    assert {**dry, "dry_run": False} == real
+
+
+def test_the_manifest_holds_the_summary_and_the_settings(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = prepared(capsys, book, "-m", model, "-o", tmp_path / "data", "--max-length", "1k")
+    data = ChunkDataset.open(tmp_path / "data")
+    meta = data.manifests[0].meta
+    assert meta["settings"] == {
+        "inputs": [str(book)],
+        "out": str(tmp_path / "data"),
+        "model": model,
+        "max_length": 1024,
+    }
+    for name in ("documents", "chunks", "tokens", "trained_tokens", "longest_chunk", "max_length"):
+        assert meta[name] == summary[name]
+    data.require_tokenizer(load_tokenizer(model))
+
+
+def test_a_person_sees_the_counts_and_a_histogram(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", "--max-length", 128) == 0
+    shown = capsys.readouterr().out
+    assert "texts split" in shown
+    assert "up to         128" in shown
+    assert "████" in shown
+    assert f"Wrote {tmp_path / 'data'}." in shown
+
+
+BAD_FILES: dict[str, tuple[str, bytes, str]] = {
+    "missing": ("gone.txt", b"", "gone.txt: no such file or folder"),
+    "empty text": ("a.txt", b"", "a.txt:1: the file is empty"),
+    "empty rows": ("a.jsonl", b"\n\n", "a.jsonl:1: the file is empty"),
+    "broken JSON": ("a.jsonl", b'{"text": "a"}\n' * 6 + b'{"text": "b"\n', "a.jsonl:7: column 13: not JSON"),
+    "cut off": ("a.jsonl", b'{"text": "a"}\n{"tex', "a.jsonl:2: column"),
+    "deep": ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON that can be read: nested too deeply"),
+    "long number": ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl:1: not JSON that can be read"),
+    "role order": (
+        "a.jsonl",
+        b'{"messages": [{"role": "assistant", "content": "a"}]}\n',
+        "a.jsonl:1: message 1 is by assistant, user must speak here",
+    ),
+    "misspelt key": ("a.jsonl", b'{"txt": "a"}\n', "a.jsonl:1: unknown key 'txt'; did you mean text?"),
+    "not UTF-8 text": ("a.txt", b"ab\ncd\xffe", "a.txt:2: byte 5 is not UTF-8"),
+    "not UTF-8 rows": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe4"}', "a.jsonl:2: byte 24 is not UTF-8"),
+    "NUL": ("a.txt", b"one\ntw\0o", "a.txt:2: the file has a NUL character at position 6"),
+    "null content": ("a.jsonl", b'{"text": null}', "a.jsonl:1: text is null"),
+    "mistyped content": ("a.jsonl", b'{"prompt": ["a"], "completion": "b"}', "a.jsonl:1: prompt is a list"),
+    "lone surrogate": ("a.jsonl", b'{"text": "a\\ud83d"}', "a.jsonl:1: text has half a surrogate pair"),
+    "unknown kind": ("a.pdf", b"%PDF", "a.pdf: .pdf is not a kind of document"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_input_is_one_line_with_its_place_and_exit_code_2(
+    name: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, content, expected = BAD_FILES[name]
+    path = tmp_path / file
+    if name != "missing":
+        path.write_bytes(content)
+    assert prepare(path, "-m", model, "-o", tmp_path / "data") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"longlora: error: {tmp_path}/{expected}")
+    assert "Traceback" not in error
+    assert left_behind(tmp_path, path) == []
+
+
+def test_a_folder_without_documents_is_refused(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    assert prepare(tmp_path / "in", "-m", model, "-o", tmp_path / "data") == 2
+    assert "no .txt, .md, .jsonl file in this folder" in capsys.readouterr().err
+
+
+def test_prepared_data_is_not_prepared_again(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(capsys, book, "-m", model, "-o", tmp_path / "data")
+    assert prepare(tmp_path / "data", "-m", model, "-o", tmp_path / "again") == 2
+    assert f"{tmp_path / 'data'} is prepared data already" in capsys.readouterr().err
+
+
+def test_an_output_that_exists_is_refused_before_any_work(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    assert prepare(tmp_path / "gone.txt", "-m", model, "-o", out) == 2
+    assert "data exists already" in capsys.readouterr().err
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_a_fault_after_many_good_rows_leaves_nothing(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", *({"text": f"row {n}"} for n in range(6000)), {"text": None})
+    assert prepare(source, "-m", model, "-o", tmp_path / "deep" / "data") == 2
+    assert "a.jsonl:6001: text is null" in capsys.readouterr().err
+    assert left_behind(tmp_path / "deep") == []
+
+
+def test_nothing_left_to_write_is_an_error(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", {"text": "short"})
+    assert prepare(source, "-m", model, "-o", tmp_path / "data", "--min-length", 100) == 2
+    assert "nothing is left of 1 documents and 0 chats" in capsys.readouterr().err
+    assert left_behind(tmp_path, source) == []
+
+
+@pytest.mark.parametrize("request_", ["needle", "needle=0", "needle=x", "hay=3"])
+def test_an_unreadable_synthetic_request_is_refused(
+    request_: str, book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", "--synthetic", request_) == 2
+    assert f"--synthetic {request_!r} cannot be read" in capsys.readouterr().err
+
+
+def test_synthetic_chats_need_a_text(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = rows(tmp_path / "c.jsonl", {"messages": CHAT})
+    assert prepare(source, "-m", model, "-o", tmp_path / "data", "--synthetic", "needle=2") == 2
+    assert "--synthetic needs texts" in capsys.readouterr().err
+
+
+def test_chats_and_a_model_without_a_template_are_refused(
+    tmp_path: Path, tiny_tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer_folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    source = rows(tmp_path / "c.jsonl", {"messages": CHAT})
+    assert prepare(source, "-m", tmp_path / "base", "-o", tmp_path / "data") == 2
+    assert "no chat template" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""Documents never see each other, and a growing cache sees its past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longlora_cli.errors import IncompatibleError
+from longlora_cli.memory.attention import make_attention, plain_attention
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+
+
+def problem(tokens: int, past: int = 0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int, length: int) -> Tensor:
+        return torch.randn(
+            1, heads, length, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True
+        )
+
+    return draw(HEADS, tokens), draw(KV_HEADS, past + tokens), draw(KV_HEADS, past + tokens)
+
+
+def run(tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> Tensor:
+    out, weights = make_attention("torch")(nn.Module(), *tensors, None, scaling=WIDTH**-0.5, **options)
+    assert weights is None
+    return out.transpose(1, 2)[0]
+
+
+def expected(tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> Tensor:
+    return plain_attention(*(t[0] for t in tensors), scaling=WIDTH**-0.5, **options)
+
+
+def with_gradients(out: Tensor, tensors: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return [out.detach(), *torch.autograd.grad(out, tensors, slope)]
+
+
+@pytest.mark.parametrize("lengths", [[13], [1, 12], [5, 1, 7], [1] * 13])
+def test_packed_documents_equal_plain_masked_attention_in_value_and_gradients(lengths: list[int]) -> None:
+    tensors = problem(13)
+    actual = with_gradients(run(tensors, document_lengths=[lengths]), tensors)
+    wanted = with_gradients(expected(tensors, document_lengths=lengths), tensors)
+    torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(1, 9), (4, 9), (9, 1), (5, 0)])
+def test_new_tokens_see_the_cache_and_themselves(tokens: int, past: int) -> None:
+    tensors = problem(tokens, past)
+    torch.testing.assert_close(run(tensors), expected(tensors), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(12, 0), (3, 9), (1, 11)])
+def test_a_sliding_window_hides_what_is_older(tokens: int, past: int) -> None:
+    tensors = problem(tokens, past)
+    torch.testing.assert_close(
+        run(tensors, sliding_window=4), expected(tensors, window=4), rtol=1e-12, atol=1e-14
+    )
+
+
+def test_changing_one_document_changes_no_other() -> None:
+    query, key, value = problem(10)
+    before = run((query, key, value), document_lengths=[[4, 6]])
+    with torch.no_grad():
+        key[:, :, :4] += 1
+        value[:, :, :4] += 1
+    after = run((query, key, value), document_lengths=[[4, 6]])
+    assert torch.equal(before[:, 4:], after[:, 4:])
+    assert not torch.equal(before[:, :4], after[:, :4])
+
+
+def test_lengths_that_do_not_fill_the_row_are_refused() -> None:
+    with pytest.raises(IncompatibleError, match="documents of 9 tokens in a row of 10"):
+        run(problem(10), document_lengths=[[4, 5]])
+
+
+def test_rows_of_a_batch_have_their_own_documents() -> None:
+    first, second = problem(6, seed=1), problem(6, seed=2)
+    both = tuple(torch.cat(pair) for pair in zip(first, second, strict=True))
+    out, _ = make_attention("torch")(
+        nn.Module(), *both, None, scaling=WIDTH**-0.5, document_lengths=[[2, 4], [6]]
+    )
+    torch.testing.assert_close(
+        out[0].transpose(0, 1), expected(first, document_lengths=[2, 4]), rtol=1e-12, atol=1e-14
+    )
+    torch.testing.assert_close(out[1].transpose(0, 1), expected(second), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cudnn", "torch"])
+def test_on_a_gpu_the_kernel_is_no_further_from_fp32_than_torchs_plain_path(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = tuple(
+        torch.randn(1, heads, 2500, 64, generator=generator).to("cuda", torch.bfloat16)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    lengths = [2100, 400]
+    out, _ = make_attention(backend)(nn.Module(), *tensors, None, scaling=1 / 8, document_lengths=[lengths])
+    exact = plain_attention(*(t[0].double().cpu() for t in tensors), scaling=1 / 8, document_lengths=lengths)
+    error = (out[0].transpose(0, 1).double().cpu() - exact).abs().max()
+    assert error < 2**-7  # one bf16 rounding of values near 2

@@ -1,0 +1,93 @@
+"""Tiles change neither the loss nor any gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longlora_cli.memory.loss import IGNORE, plain_loss, tiled_loss, token_losses, use_tiled_loss
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 5, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    head = torch.randn(11, 5, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.tensor([3, IGNORE, 0, 10, IGNORE, 7, 7, 1, IGNORE])
+    return hidden, head, labels
+
+
+def value_and_gradients(loss: Any, tensors: tuple[Tensor, Tensor, Tensor], **options: Any) -> list[Tensor]:
+    total, count = loss(*tensors, **options)
+    assert count == 6
+    return [total.detach(), *torch.autograd.grad(total * 0.25, tensors[:2])]
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 4, 6, 100])  # one row, uneven, exact, larger than the input
+def test_tiles_change_neither_the_loss_nor_any_gradient(tile_tokens: int) -> None:
+    wanted = value_and_gradients(plain_loss, problem())
+    actual = value_and_gradients(tiled_loss, problem(), tile_tokens=tile_tokens)
+    torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_in_bf16_the_tiled_gradient_is_no_further_from_exact_than_the_plain_one() -> None:
+    exact = value_and_gradients(plain_loss, problem())[1]
+    plain = value_and_gradients(plain_loss, problem(torch.bfloat16))[1]
+    tiled = value_and_gradients(tiled_loss, problem(torch.bfloat16), tile_tokens=4)[1]
+    assert (tiled - exact).norm() <= (plain - exact).norm() * 1.05
+
+
+def test_only_masked_labels_give_zero_loss_and_zero_gradient() -> None:
+    hidden, head, labels = problem()
+    total, count = tiled_loss(hidden, head, torch.full_like(labels, IGNORE), tile_tokens=4)
+    (gradient,) = torch.autograd.grad(total, hidden)
+    assert total == 0
+    assert count == 0
+    assert torch.equal(gradient, torch.zeros_like(hidden))
+
+
+def test_no_tile_smaller_than_one_token() -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        tiled_loss(*problem(), tile_tokens=0)
+
+
+def test_losses_of_single_tokens_add_up_to_the_sum() -> None:
+    hidden, head, labels = problem()
+    losses = token_losses(hidden, head, labels, tile_tokens=4)
+    torch.testing.assert_close(losses.sum(), plain_loss(hidden, head, labels)[0].detach())
+    assert torch.equal(losses[labels == IGNORE], torch.zeros(3, dtype=losses.dtype))
+
+
+def test_a_models_own_loss_is_kept_and_given_back(tiny_model_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).double()
+    ids = torch.randint(0, 512, (2, 17), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :5] = IGNORE
+    own = model(input_ids=ids, labels=labels).loss
+    own.backward()
+    wanted = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    undo = use_tiled_loss(model, tile_tokens=5)
+    tiled = model(input_ids=ids, labels=labels)
+    tiled.loss.backward()
+    # transformers takes its logits to float32 before the loss; float64 here agrees to that rounding.
+    torch.testing.assert_close(tiled.loss, own.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, wanted, rtol=1e-4, atol=1e-8)
+    assert tiled.logits is None
+    undo()
+    assert model(input_ids=ids, labels=labels).logits is not None
+
+
+def test_a_model_that_caps_its_logits_keeps_its_own_loss(tiny_model_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    model.config.final_logit_softcapping = 30.0
+    use_tiled_loss(model, tile_tokens=5)
+    ids = torch.arange(8)[None]
+    assert model(input_ids=ids, labels=ids).logits is not None

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from longlora_cli.errors import DataError, NotFoundError
+from longlora_cli.models.tokenizer import load_tokenizer, template_sha256, tokenizer_sha256
+
+
+@pytest.fixture
+def folder(tiny_tokenizer_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_tokenizer_folder, tmp_path / "model"))
+
+
+def test_a_folder_gives_a_fast_tokenizer(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.is_fast
+    assert tokenizer.decode(tokenizer("The river ran")["input_ids"]) == "The river ran"
+
+
+def test_hashes_do_not_depend_on_the_folder(folder: Path, tiny_tokenizer_folder: Path) -> None:
+    here, there = load_tokenizer(folder), load_tokenizer(tiny_tokenizer_folder)
+    assert tokenizer_sha256(here) == tokenizer_sha256(there)
+    assert template_sha256(here) == template_sha256(there)
+
+
+def test_hashes_survive_use_and_saving(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    before = tokenizer_sha256(tokenizer)
+    tokenizer("text", truncation=True, max_length=4, padding="max_length")  # sets both in the backend
+    assert tokenizer_sha256(tokenizer) == before
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert tokenizer_sha256(load_tokenizer(tmp_path / "again")) == before
+
+
+def test_the_template_has_a_hash_of_its_own(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    vocabulary, template = tokenizer_sha256(tokenizer), template_sha256(tokenizer)
+    tokenizer.chat_template += " "
+    assert tokenizer_sha256(tokenizer) == vocabulary
+    assert template_sha256(tokenizer) != template
+
+
+@pytest.mark.parametrize("change", ["vocabulary", "special", "eos"])
+def test_what_changes_ids_changes_the_tokenizers_hash(folder: Path, change: str) -> None:
+    before = tokenizer_sha256(load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    if change == "vocabulary":
+        tokenizer.add_tokens(["falcon"])
+    elif change == "special":
+        tokenizer.add_tokens(["<|new|>"], special_tokens=True)
+    else:
+        tokenizer.eos_token = "<|endoftext|>"
+    assert tokenizer_sha256(tokenizer) != before
+
+
+def test_an_unknown_name_is_not_found() -> None:
+    with pytest.raises(NotFoundError, match="no folder no/such-model"):
+        load_tokenizer("no/such-model")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", '{"version": "1.0"}', ""])
+def test_a_damaged_tokenizer_is_told_in_one_line(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match="its tokenizer cannot be read") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in caught.value.message
+
+
+def test_code_beside_a_tokenizer_is_not_run(folder: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}))
+    with contextlib.suppress(DataError):
+        load_tokenizer(folder)
+    assert not marker.exists()

@@ -1,0 +1,298 @@
+"""Training: resumed equals uninterrupted, one batch equals several, nothing not finite reaches the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longlora_cli.commands import train
+from longlora_cli.config import TrainConfig
+from longlora_cli.console import Console
+from longlora_cli.errors import DataError, IntegrityError, NumericError, SettingsError
+from longlora_cli.storage import read_json_lines, sha256_of, verify_folder
+from longlora_cli.training import checkpoint
+
+
+@pytest.fixture
+def command(tiny_model_folder: Path, tiny_data_folder: Path) -> dict[str, Any]:
+    return {"model": str(tiny_model_folder), "data": [str(tiny_data_folder)], "device": "cpu", "lora_rank": 4}
+
+
+def run(command: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return train.run(TrainConfig(**{**command, **more}), Console(json_mode=True), dry_run=False)
+
+
+def flags(command: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in command.items():
+        words += [f"--{name.replace('_', '-')}", str(value[0] if isinstance(value, list) else value)]
+    return words
+
+
+def spawn(command: dict[str, Any], *launcher: str) -> subprocess.Popen[bytes]:
+    launcher = launcher or (sys.executable, "-m", "longlora_cli")
+    return subprocess.Popen(
+        [*launcher, "train", *flags(command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return tensors
+
+
+def adapter_hash(folder: Path) -> str:
+    return sha256_of(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_training_lowers_the_loss_and_leaves_a_whole_run(command: dict[str, Any], tmp_path: Path) -> None:
+    result = run(command, out=tmp_path / "r", epochs=6, batch_size=4, learning_rate=2e-2)
+    rows = read_json_lines(tmp_path / "r" / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert result["steps"] == 36
+    assert sum(losses[-6:]) < sum(losses[:6]) - 0.3
+    assert {"tokens_per_second", "tflops", "peak_host_gib", "learning_rate"} <= set(rows[0])
+    verify_folder(tmp_path / "r" / "adapter", "adapter")
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_every_number_format_trains(command: dict[str, Any], tmp_path: Path, dtype: str) -> None:
+    result = run(command, out=tmp_path / "r", steps=2, dtype=dtype)
+    assert 5 < result["last_loss"] < 7
+    assert {t.dtype for t in adapter_of(tmp_path / "r").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_base_trains_on_a_cpu(command: dict[str, Any], tmp_path: Path, quantization: str) -> None:
+    result = run(command, out=tmp_path / "r", steps=8, quantization=quantization, learning_rate=2e-2)
+    rows = [r for r in read_json_lines(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
+    assert result["steps"] == 8
+    assert max(t.abs().max() for n, t in adapter_of(tmp_path / "r").items() if "lora_B" in n) > 0
+    assert all(r["grad_norm"] > 0 for r in rows)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_every_optimizer_resumes_bit_for_bit(command: dict[str, Any], tmp_path: Path, optimizer: str) -> None:
+    more = {"optimizer": optimizer, "steps": 4, "save_every": 2, "lora_rank": 64, "also_train": "all"}
+    run(command, out=tmp_path / "whole", **more)
+    run(command, out=tmp_path / "parts", **more)
+    cut_back(tmp_path / "parts", 2)
+    run(command, out=tmp_path / "parts", **more)
+    assert adapter_hash(tmp_path / "parts") == adapter_hash(tmp_path / "whole")
+
+
+def test_paged_optimizer_state_on_a_cpu_is_refused(command: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="has no effect on a CPU"):
+        run(command, out=tmp_path / "r", steps=1, optimizer="paged_adamw_8bit")
+    assert not (tmp_path / "r").exists()
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """Make a finished run look as if it had been killed after `step`."""
+    import shutil
+
+    shutil.rmtree(folder / "adapter")
+    for later in checkpoint.steps_of(folder):
+        if later > step:
+            shutil.rmtree(checkpoint.folder_of(folder, later))
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 9, 12, 13])  # within an epoch, at its end, and at the very end
+def test_a_run_resumed_at_any_step_equals_an_uninterrupted_one(
+    command: dict[str, Any], tmp_path: Path, step: int
+) -> None:
+    more = {"steps": 13, "save_every": 1, "keep_checkpoints": 20, "accumulate": 2, "batch_size": 2}
+    more |= {"lora_dropout": 0.2, "also_train": "norms", "warmup": 3}
+    whole = tmp_path / "whole"
+    run(command, out=whole, **more)
+    wanted, losses = adapter_hash(whole), [r.get("loss") for r in read_json_lines(whole / "metrics.jsonl")]
+    cut_back(whole, step)
+    run(command, out=whole, **more)
+    assert adapter_hash(whole) == wanted
+    assert [r.get("loss") for r in read_json_lines(whole / "metrics.jsonl")][:13] == losses[:13]
+
+
+def test_two_micro_batches_equal_one_batch(command: dict[str, Any], tmp_path: Path) -> None:
+    """Chunks with 25 and 95 labels: equal weights per micro-batch would be far off."""
+    once = {"steps": 1, "learning_rate": 1e-3, "also_train": "all"}
+    run(command, out=tmp_path / "batch", batch_size=4, **once)
+    run(command, out=tmp_path / "micro", accumulate=4, **once)
+    batch, micro = (read_json_lines(tmp_path / n / "metrics.jsonl")[0] for n in ("batch", "micro"))
+    assert micro["loss"] == pytest.approx(batch["loss"], rel=1e-6)
+    assert micro["grad_norm"] == pytest.approx(batch["grad_norm"], rel=1e-5)
+
+
+def test_two_processes_equal_one_and_only_the_first_prints_and_writes(
+    command: dict[str, Any], tmp_path: Path
+) -> None:
+    command |= {"steps": 6, "save_every": 3, "learning_rate": 1e-3}
+    run(command, out=tmp_path / "one", accumulate=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "longlora_cli"]
+    child = spawn({**command, "out": tmp_path / "two"}, *launcher)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err.decode()
+    assert out.decode().count("step 6: loss") == 1
+    one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+    assert checkpoint.steps_of(tmp_path / "two") == [6, 3]
+    # A mistake is told once, not once per process.
+    child = spawn({**command, "out": tmp_path / "two", "lora_rank": 8}, *launcher)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode != 0
+    assert err.decode().count("holds another run: lora_rank was 4, now 8") == 1
+
+
+def test_accelerate_launches_it(command: dict[str, Any], tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    child = spawn({**command, "out": tmp_path / "r", "steps": 2}, *launcher, "-m", "longlora_cli")
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err.decode()
+    verify_folder(tmp_path / "r" / "adapter", "adapter")
+
+
+def test_ten_kills_at_random_moments_change_nothing(command: dict[str, Any], tmp_path: Path) -> None:
+    command |= {"steps": 60, "save_every": 1, "lora_dropout": 0.1}
+    run(command, out=tmp_path / "whole")
+    draw, kills, attempts = random.Random(5), 0, 0
+    folder = tmp_path / "killed"
+    while kills < 10 and attempts < 14:
+        attempts += 1
+        already = max(checkpoint.steps_of(folder), default=0)
+        child = spawn({**command, "out": folder})
+        deadline = time.monotonic() + 60
+        while max(checkpoint.steps_of(folder), default=0) <= already and child.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.08)
+        child.send_signal(signal.SIGKILL)
+        _, err = child.communicate()
+        assert child.returncode in (-signal.SIGKILL, 0), err.decode()
+        kills += child.returncode == -signal.SIGKILL
+    assert kills == 10
+    run(command, out=folder)
+    assert adapter_hash(folder) == adapter_hash(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_and_says_how_it_ended(
+    command: dict[str, Any], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    folder = tmp_path / "r"
+    child = spawn({**command, "out": folder, "steps": 5000, "save_every": 5000})
+    while not (folder / "metrics.jsonl").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == code, err.decode()
+    state = json.loads((folder / "run.json").read_text())
+    assert (state["status"], state["exit_code"], state["resumable"]) == ("stopped", code, True)
+    newest, faults = checkpoint.newest(folder)
+    assert newest is not None
+    assert faults == []
+    assert f"stopped at step {state['step']}" in err.decode()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run_before_the_weights_see_it(
+    command: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    from longlora_cli.training.trainer import LongContextTrainer
+
+    seen: dict[str, Any] = {"steps": 0}
+    original = LongContextTrainer.training_step
+
+    def poisoned(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = original(self, model, inputs, num_items_in_batch)
+        seen["steps"] += 1
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        seen["before"] = [p.detach().clone() for p in trainable]
+        seen["after"] = trainable
+        if seen["steps"] == 3:
+            if what == "gradient":
+                trainable[0].grad[0] = float("nan")
+            else:
+                self._loss_is_finite = False
+        return loss
+
+    monkeypatch.setattr(LongContextTrainer, "training_step", poisoned)
+    with pytest.raises(NumericError, match=f"step 3: the {what} is not finite") as caught:
+        run(command, out=tmp_path / "r", steps=5, save_every=1)
+    assert caught.value.exit_code == 6
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))
+    assert checkpoint.steps_of(tmp_path / "r") == [2, 1]
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_loss_that_is_not_finite_is_seen(command: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(NumericError, match="not finite"):
+        run(command, out=tmp_path / "r", steps=50, learning_rate=1e30)
+
+
+def test_another_run_in_the_folder_is_refused_with_the_difference(
+    command: dict[str, Any], tmp_path: Path
+) -> None:
+    run(command, out=tmp_path / "r", steps=1)
+    with pytest.raises(SettingsError, match="holds another run: steps was 1, now 2"):
+        run(command, out=tmp_path / "r", steps=2)
+
+
+def test_a_folder_of_something_else_is_refused(command: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SettingsError, match=r"is not empty and holds no run \(notes\.txt\)"):
+        run(command, out=tmp_path, steps=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_finished_run_takes_no_step(command: dict[str, Any], tmp_path: Path) -> None:
+    run(command, out=tmp_path / "r", steps=2)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*")}
+    result = run(command, out=tmp_path / "r", steps=2)
+    assert result["finished"]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "r").rglob("*")} == before
+
+
+def test_data_that_changed_under_a_run_is_refused(
+    command: dict[str, Any], tmp_path: Path, tiny_data_folder: Path
+) -> None:
+    import shutil
+
+    data = Path(shutil.copytree(tiny_data_folder, tmp_path / "d"))
+    run({**command, "data": [data]}, out=tmp_path / "r", steps=2, save_every=1)
+    shutil.rmtree(tmp_path / "r" / "adapter")
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["meta"]["note"] = "prepared again"
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="started with another data"):
+        run({**command, "data": [data]}, out=tmp_path / "r", steps=2, save_every=1)
+
+
+def test_a_context_shorter_than_the_data_is_refused(command: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="below the longest chunk of the data, 96 tokens"):
+        run(command, out=tmp_path / "r", max_length=64)
+
+
+def test_a_dry_run_writes_nothing(command: dict[str, Any], tmp_path: Path) -> None:
+    result = train.run(TrainConfig(**command, out=tmp_path / "r"), Console(json_mode=True), dry_run=True)
+    assert result["steps"] == 24
+    assert not (tmp_path / "r").exists()
+
+
+def test_missing_data_is_one_line(command: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises((DataError, Exception), match="nothing"):
+        run({**command, "data": [tmp_path / "nothing"]}, out=tmp_path / "r")
