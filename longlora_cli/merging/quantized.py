@@ -65,7 +65,7 @@ class Nf4Rows:
         import bitsandbytes.functional as bnb
 
         packed, state = self._quantize(first, last)
-        begin = first * self.shape[1] // _NF4_BLOCK  # whole: blocks of rows start at multiples of 64
+        begin = first * self.shape[1] // _NF4_BLOCK  # whole: blocks start at multiples of 64 values
         state.absmax = self._scales[begin : begin + len(state.absmax)].contiguous()
         block: Tensor = bnb.dequantize_4bit(packed, state)
         return block.view(last - first, self.shape[1]).double()
