@@ -194,31 +194,19 @@ class Session:
             refuse_overflow(len(ids), max_new_tokens, self.context_length)
         run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token)
         reused = self.reusable(ids)
-        started = time.perf_counter()
         try:
-            logits = self._read(list(ids), reused, advance)
-            run.accept(logits)
-            while run.finish is None:
-                # Noted before it is run: `ids` then covers the cache at every moment.
-                self._ids.append(run.ids[-1])
-                run.accept(step(self.loaded, run.ids[-1], self._cache))
-            run.flush()
+            self._say(run, list(ids), reused, advance)
         except KeyboardInterrupt:
             run.finish = "interrupted"
-        ended = time.perf_counter()
-        first = run.first_token_at or ended
-        return Answer(
-            ids=run.ids,
-            text=self.loaded.tokenizer.decode(
-                run.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ),
-            finish=run.finish or "interrupted",
-            prompt_tokens=len(ids),
-            reused_tokens=reused,
-            prefill_seconds=first - started,
-            decode_seconds=ended - first,
-            kv_bytes=self.kv_bytes,
-        )
+        return run.result(prompt_tokens=len(ids), reused_tokens=reused, kv_bytes=self.kv_bytes)
+
+    def _say(self, run: _Run, ids: list[int], reused: int, advance: Advance | None) -> None:
+        run.accept(self._read(ids, reused, advance))
+        while run.finish is None:
+            # Noted before it is run: `ids` then covers the cache at every moment.
+            self._ids.append(run.ids[-1])
+            run.accept(step(self.loaded, run.ids[-1], self._cache))
+        run.flush()
 
     def _read(self, ids: list[int], reused: int, advance: Advance | None) -> Tensor:
         if reused == 0:
@@ -242,7 +230,9 @@ class _Run:
     ) -> None:
         self.ids: list[int] = []
         self.finish: Finish | None = None
-        self.first_token_at: float | None = None
+        self._started = time.perf_counter()
+        self._first_token_at: float | None = None
+        self._tokenizer = tokenizer
         self._left = max_new_tokens
         self._stop_ids = stop_ids
         self._sampler = sampler
@@ -252,7 +242,7 @@ class _Run:
     def accept(self, logits: Tensor) -> None:
         """Choose the next token and see whether it is the last."""
         token = self._sampler(logits)
-        self.first_token_at = self.first_token_at or time.perf_counter()
+        self._first_token_at = self._first_token_at or time.perf_counter()
         if token in self._stop_ids:
             self.finish = "eos"
             return
@@ -267,3 +257,20 @@ class _Run:
         """Hand over a character that was left unfinished."""
         if self._on_token is not None and (rest := self._stream.finish()):
             self._on_token(self.ids[-1], rest)
+
+    def result(self, *, prompt_tokens: int, reused_tokens: int, kv_bytes: int) -> Answer:
+        """What became of it; without a finish it was interrupted."""
+        ended = time.perf_counter()
+        first = self._first_token_at or ended
+        return Answer(
+            ids=self.ids,
+            text=self._tokenizer.decode(
+                self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ),
+            finish=self.finish or "interrupted",
+            prompt_tokens=prompt_tokens,
+            reused_tokens=reused_tokens,
+            prefill_seconds=first - self._started,
+            decode_seconds=ended - first,
+            kv_bytes=kv_bytes,
+        )
