@@ -73,17 +73,26 @@ def test_windows_that_share_a_forward_have_the_losses_of_windows_alone(double, i
         assert together[row, first:].gt(0).all()
 
 
-def test_one_forward_never_reads_more_than_a_chunk(tiny_loaded, ids, monkeypatch):
-    sizes = []
+@pytest.fixture
+def forwards(tiny_loaded, monkeypatch):
+    """Of each forward: its number of tokens, and whether the model was in training mode."""
+    seen = []
     hidden = type(tiny_loaded).hidden
-    monkeypatch.setattr(
-        type(tiny_loaded), "hidden", lambda self, x, **k: (sizes.append(x.numel()), hidden(self, x, **k))[1]
-    )
+
+    def watched(self, ids, **options):
+        seen.append((ids.numel(), self.model.training))
+        return hidden(self, ids, **options)
+
+    monkeypatch.setattr(type(tiny_loaded), "hidden", watched)
+    return seen
+
+
+def test_one_forward_never_reads_more_than_a_chunk(tiny_loaded, ids, forwards):
     score_text(tiny_loaded, ids, window=100, stride=50, chunk=40)
-    assert max(sizes) <= 40
-    sizes.clear()
+    assert max(tokens for tokens, _ in forwards) <= 40
+    forwards.clear()
     score_text(tiny_loaded, ids, window=20, stride=10, chunk=64)
-    assert 40 < max(sizes) <= 64
+    assert 40 < max(tokens for tokens, _ in forwards) <= 64
 
 
 def test_the_curve_holds_the_losses_of_whole_disjoint_windows(tiny_loaded, ids):
@@ -163,10 +172,11 @@ def test_chunks_are_scored_document_by_document_without_masked_labels(tiny_loade
     assert (first + evaluate_chunks(tiny_loaded, chunks[1:])).total == pytest.approx(found.total)
 
 
-def test_evaluating_chunks_puts_the_training_mode_back_and_keeps_no_gradient(tiny_loaded):
+def test_chunks_are_evaluated_in_eval_mode_and_the_training_mode_is_put_back(tiny_loaded, forwards):
     tiny_loaded.model.train()
     try:
         evaluate_chunks(tiny_loaded, [make_chunk([30], [])], tile_tokens=8)
+        assert forwards == [(30, False)]
         assert tiny_loaded.model.training
         assert all(p.grad is None for p in tiny_loaded.model.parameters())
     finally:
@@ -186,10 +196,8 @@ def test_a_model_that_changes_its_logits_is_refused(tiny_loaded, ids, monkeypatc
         score_text(tiny_loaded, ids, window=32, stride=16, chunk=64)
 
 
-def test_dynamic_positions_are_read_in_one_piece(tiny_loaded, ids):
+def test_dynamic_positions_are_read_in_one_piece(tiny_loaded, ids, forwards):
     parameters = {**tiny_loaded.rope.parameters, "rope_type": "dynamic", "factor": 2.0}
     dynamic = replace(tiny_loaded, rope=replace(tiny_loaded.rope, parameters=parameters))
-    row = torch.tensor([ids[:64]])
-    assert torch.equal(
-        window_losses(dynamic, row, [1], chunk=16), window_losses(tiny_loaded, row, [1], chunk=64)
-    )
+    window_losses(dynamic, torch.tensor([ids[:64]]), [1], chunk=16)
+    assert forwards == [(63, False)]

@@ -49,6 +49,7 @@ ROUGE = [
         (1.0, 0.8, 0.5, 1.0),
     ),
     ("", "testing one two", (0.0, 0.0, 0.0, 0.0)),
+    ("Cats are running quickly.", "The cat runs quick.", (0.0, 0.0, 0.0, 0.0)),  # no stemmer
     ("HELLO World", "hello world", (1.0, 1.0, 1.0, 1.0)),
     (
         "one two three four five six seven eight",

@@ -38,8 +38,10 @@ def test_the_bootstrap_interval_is_that_of_the_normal_law_for_many_samples():
 def test_clusters_are_drawn_whole_and_weighted_by_their_counts():
     # Both clusters have the same mean, so whatever is drawn gives 2.
     assert bootstrap_ratio([2.0, 200.0], [1, 100]) == (2.0, 2.0)
-    low, high = bootstrap_ratio([0.0, 300.0], [100, 100])
-    assert (low, high) == (0.0, 3.0)
+    assert bootstrap_ratio([0.0, 300.0], [100, 100]) == (0.0, 3.0)
+    # 50 clusters of one value 1 and 50 of a hundred values 3: nearly all values are 3.
+    low, high = bootstrap_ratio([1.0] * 50 + [300.0] * 50, [1] * 50 + [100] * 50)
+    assert 2.9 < low < high < 3
 
 
 def test_one_cluster_has_no_interval():
