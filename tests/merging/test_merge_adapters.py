@@ -144,7 +144,7 @@ def test_an_adapter_tensor_without_a_place_or_a_place_without_a_tensor_is_refuse
 
 
 @pytest.mark.parametrize(
-    "key, value",
+    ("key", "value"),
     [
         ("bias", "all"),
         ("init_lora_weights", "pissa_niter_4"),
