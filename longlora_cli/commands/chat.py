@@ -36,7 +36,8 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         raise SettingsError(
             "--json needs a question", hint="Give it with -p TEXT, or -p - for standard input."
         )
-    # In a pipe the answer alone goes to standard output; a console in JSON mode tells the rest on standard error.
+    # In a pipe the answer alone goes to standard output; a console in JSON mode tells the rest on standard
+    # error.
     notes = console if console.rich.is_terminal and not console.json_mode else Console(json_mode=True)
     question = None if config.prompt is None else _question(config.prompt)
     texts = [text for path in config.file for text in read_texts(path)]
@@ -46,7 +47,8 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     files = [conversation.attach(name, text) for name, text in texts]
     for file in files:
         notes.print(f"{file.name}: {file.tokens:,} tokens")
-    budget = _first_budget(conversation, question or "", config, outline)
+    prompt = conversation.ask(question or "")
+    budget = _first_budget(len(prompt.ids), config, outline)
     if dry_run:
         notes.print(budget.describe())
         return _plan(config, outline, budget, {file.name: file.tokens for file in files})
@@ -55,7 +57,7 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     session = Session(loaded, prefill_chunk=config.prefill_chunk, context_length=config.max_length)
     chat = Chat(config, console, notes, conversation, session)
     if question is not None:
-        return chat.answer_once(question)
+        return chat.answer_once(prompt)
     from longlora_cli.commands.chat_terminal import Terminal
 
     Terminal(chat).converse()
@@ -87,7 +89,8 @@ def checked_question(text: str) -> str:
 def read_texts(path: Path) -> list[tuple[str, str]]:
     """Name and text of a file, or of each document in a folder.
 
-    What no document reader knows is read as plain text, and so are lines of JSON: a person asks about the file.
+    What no document reader knows is read as plain text, and so are lines of JSON: a person asks about the
+    file.
 
     Raises:
         DataError: Nothing there, or not UTF-8; the byte is told.
@@ -108,11 +111,8 @@ def _as_text(content: str | list[dict[str, str]]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
 
 
-def _first_budget(
-    conversation: Conversation, question: str, config: ChatConfig, outline: ModelOutline
-) -> Budget:
+def _first_budget(prompt_tokens: int, config: ChatConfig, outline: ModelOutline) -> Budget:
     """The budget of the first question; weights are still to be loaded."""
-    prompt_tokens = len(conversation.ask(question).ids)
     needed = prompt_tokens + config.max_new_tokens
     kv_bytes = needed * outline.facts.kv_bytes_per_token(outline.element_bytes)
     return Budget(
@@ -170,9 +170,9 @@ class Chat:
         self._stop_ids = stop_ids(session.loaded)
         self._sampler = make_sampler(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
 
-    def answer_once(self, question: str) -> dict[str, Any]:
+    def answer_once(self, prompt: Prompt) -> dict[str, Any]:
         """Answer one question and report it; what `--json` prints."""
-        answer = self.answer(question)
+        answer = self.answer(prompt)
         if answer.finish == "interrupted":
             raise Interrupted(f"interrupted after {len(answer.ids):,} tokens")
         return {
@@ -205,8 +205,8 @@ class Chat:
             free_bytes=free_bytes(self.session.loaded.device),
         )
 
-    def answer(self, question: str) -> Answer:
-        """Ask, show the answer while it comes, and keep both.
+    def answer(self, prompt: Prompt) -> Answer:
+        """Ask what the conversation made a prompt of, show the answer while it comes, and keep both.
 
         An answer that was stopped before its first token is not kept, and neither is its question.
 
@@ -214,7 +214,6 @@ class Chat:
             SettingsError: Too long for the context; nothing was run.
             ResourceError: Too large for the memory; nothing was run.
         """
-        prompt = self.conversation.ask(question)
         budget = self.budget(prompt)
         refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
         if prompt.attachments or self.last is None:

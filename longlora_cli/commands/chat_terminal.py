@@ -59,7 +59,7 @@ class Terminal:
         interrupts = 0
         while True:
             try:
-                entry, is_command = self._entry()
+                entry = self._entry()
             except EOFError:
                 if self._interactive:
                     self.chat.notes.print()
@@ -72,17 +72,21 @@ class Terminal:
                 continue
             interrupts = 0
             try:
-                self._command(entry) if is_command else self._ask(entry)
+                self._obey(*entry)
             except _End:
                 return
-            except KeyboardInterrupt:
-                if not self._interactive:
-                    raise
-                self.chat.notes.print("\nstopped")
-            except LongLoRAError as error:
-                if not self._interactive:
-                    raise
+
+    def _obey(self, entry: str, is_command: bool) -> None:
+        """Answer or act; in a terminal, what goes wrong is told and the conversation goes on."""
+        try:
+            self._command(entry) if is_command else self._ask(entry)
+        except (LongLoRAError, KeyboardInterrupt) as error:
+            if not self._interactive:
+                raise
+            if isinstance(error, LongLoRAError):
                 self.chat.console.error(error.lines(), error.exit_code)
+            else:
+                self.chat.notes.print("\nstopped")
 
     def _entry(self) -> tuple[str, bool]:
         """One line, or the lines between two triple quotes; and whether it may be a command."""
@@ -122,7 +126,7 @@ class Terminal:
         if not question.strip():
             return
         self._unanswered = checked_question(question)
-        answer = self.chat.answer(question)
+        answer = self.chat.answer(self.chat.conversation.ask(question))
         if answer.ids or answer.finish != "interrupted":
             self._unanswered = None
 

@@ -164,8 +164,8 @@ def _show_perplexity(summary: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"perplexity {summary['perplexity']:.4g} {_interval(summary['ci95'], '{:.4g}')} over "
-        f"{summary['n']:,} tokens, {summary['texts']} texts; mean of texts {summary['perplexity_macro']:.4g}; "
-        f"{summary['bits_per_byte']:.4f} bits per byte"
+        f"{summary['n']:,} tokens, {summary['texts']} texts; "
+        f"mean of texts {summary['perplexity_macro']:.4g}; {summary['bits_per_byte']:.4f} bits per byte"
     )
 
 

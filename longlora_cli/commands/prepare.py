@@ -190,4 +190,4 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
 
 def _bar(share: float) -> str:
     eighths = math.ceil(share * _BAR_WIDTH * 8)
-    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -19,12 +19,17 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
+from longlora_cli.errors import DataError
+
 
 class SafeEncoder:
     """The copy of a tokenizer in which special tokens go by secret names.
 
     Args:
         tokenizer: A fast tokenizer; it is not changed.
+
+    Raises:
+        DataError: A special token would get another id in the copy.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -46,11 +51,9 @@ class SafeEncoder:
         )
         state["padding"] = state["truncation"] = None
         self.backend = Tokenizer.from_str(json.dumps(state))
-        # A token outside the model's vocabulary may get another id when the copy is built.
-        moved = {
-            self.backend.token_to_id(self._secret[name]): number for name, number in self._special.items()
-        }
-        self._moved = {new: old for new, old in moved.items() if new != old}
+        moved = [n for n, i in self._special.items() if self.backend.token_to_id(self._secret[n]) != i]
+        if moved:
+            raise DataError(f"the tokenizer gives its special token {moved[0]} another id when it is copied")
         self.special_ids = frozenset(self._special.values())
         self.begin, self.end = _frame(tokenizer)
 
@@ -72,15 +75,10 @@ class SafeEncoder:
         encodings: list[Encoding] = self.backend.encode_batch(texts, add_special_tokens=False)
         return encodings
 
-    def ids(self, encoding: Encoding) -> npt.NDArray[np.int32]:
-        """The plain tokenizer's ids of an encoding, int32 `[tokens]`."""
-        ids = np.array(encoding.ids, dtype=np.int32)
-        if self._moved:
-            found = ids.copy()
-            for new, old in self._moved.items():
-                found[ids == new] = old
-            return found
-        return ids
+    @staticmethod
+    def ids(encoding: Encoding) -> npt.NDArray[np.int32]:
+        """The ids of an encoding, int32 `[tokens]`."""
+        return np.array(encoding.ids, dtype=np.int32)
 
 
 def _rename_in_model(model: dict[str, Any], secret: dict[str, str]) -> None:

@@ -43,11 +43,16 @@ class Faults:
         """
         if not self._found:
             return
-        (line, reason), *others = self._found
-        told = "; ".join(f"line {number}: {why}" for number, why in others)
+        line, reason = self._found[0]
+        lines: dict[str, list[str]] = {}
+        for number, why in self._found[1:]:
+            lines.setdefault(why, []).append(str(number))
+        same = lines.pop(reason, [])
+        told = [f"the same on line {', '.join(same)}"] if same else []
+        told += [f"line {', '.join(numbers)}: {why}" for why, numbers in lines.items()]
         if self.is_full:
-            told += f"; reading stopped after {MOST} faults"
-        raise DataError(f"{self.name}:{line}: {reason}", rule=f"Also {told}" if others else None)
+            told.append(f"reading stopped after {MOST} faults")
+        raise DataError(f"{self.name}:{line}: {reason}", rule=f"Also {'; '.join(told)}" if told else None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

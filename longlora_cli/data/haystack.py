@@ -100,7 +100,7 @@ class Haystack:
         for sentence, ids in zip(
             new, safe_encoder(tokenizer).encode_batch([" " + s.text for s in new]), strict=True
         ):
-            known[sentence.place] = len(ids)
+            known[sentence.place] = max(1, len(ids))  # none for characters that a tokenizer drops
         return [known[sentence.place] for sentence in sentences]
 
     def _split(self, number: int) -> list[Sentence]:

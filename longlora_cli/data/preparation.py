@@ -45,8 +45,9 @@ class Preparation:
             self._lengths.append(len(ids))
             self.trained_tokens += int(np.count_nonzero(labels != IGNORE))
             if self._spool is not None:
-                ids.astype(np.int32, copy=False).tofile(self._spool)
-                labels.astype(np.int32, copy=False).tofile(self._spool)
+                # Not ndarray.tofile: its error does not say that the disk is full.
+                self._spool.write(np.ascontiguousarray(ids, dtype=np.int32).data)
+                self._spool.write(np.ascontiguousarray(labels, dtype=np.int32).data)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -70,7 +70,7 @@ def checked_text(value: Any, name: str) -> str:
     """
     if not isinstance(value, str):
         raise RowFault(f"{name} is {_kind(value)}, a text is needed")
-    if not value.strip():
+    if not value or value.isspace():
         raise RowFault(f"{name} is empty")
     if "\0" in value:
         raise RowFault(f"{name} has a NUL character at position {value.index(chr(0))}")

@@ -77,8 +77,9 @@ def make_retrieval_chat(
     wording: Wording = "train",
     stream: str = "eval",
 ) -> RetrievalChat:
-    """Make one chat of at most `length` tokens, template and answers included, and at least 95 % of it from
-    512 on.
+    """Make one chat of at most `length` tokens, template and answers included.
+
+    From 512 tokens on it has at least 95 % of `length`.
 
     Args:
         haystack: Where the context comes from: consecutive sentences from a random one on.
@@ -96,7 +97,8 @@ def make_retrieval_chat(
 
     Raises:
         DataError: Facts, questions and answers alone are longer than `length`; or the tokenizer has no
-        template. ValueError: More questions than facts, or another number of depths than of facts.
+            template; or the text holds nearly every five-digit number.
+        ValueError: More questions than facts, or another number of depths than of facts.
     """
     if questions > facts or (depths is not None and len(depths) != facts):
         raise ValueError(f"{questions} questions, {facts} facts, depths {depths}")

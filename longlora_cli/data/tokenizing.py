@@ -43,7 +43,7 @@ def tokenize(
         DataError: A chat and no template, or a chat that the template refuses; the message names its source.
     """
     for batch in _batches(documents):
-        texts = iter(_encode_texts(tokenizer, [d.content for d in batch if isinstance(d.content, str)]))
+        texts = iter(encode_texts(tokenizer, [d.content for d in batch if isinstance(d.content, str)]))
         chats = iter(_render(tokenizer, [d for d in batch if d.is_chat]))
         for document in batch:
             ids, learnt = next(chats) if document.is_chat else (next(texts), None)
@@ -83,7 +83,8 @@ def _render(tokenizer: Any, documents: list[Document]) -> list[tuple[Int32, Int3
         raise
 
 
-def _encode_texts(tokenizer: Any, texts: list[str]) -> list[Int32]:
+def encode_texts(tokenizer: Any, texts: list[str]) -> list[Int32]:
+    """Ids of texts, int32 `[tokens]` each, with the tokenizer's own begin and end tokens, and EOS."""
     encoder = safe_encoder(tokenizer)
     end = list(encoder.end)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in end:

@@ -10,7 +10,11 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from longlora_cli.errors import DataError
+
 Wording = Literal["train", "eval"]
+
+_TRIES = 10_000
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -101,12 +105,20 @@ def draw_value(rng: random.Random, template: Template, wording: Wording, taken: 
     """A value for the template that does not occur in `taken`: five digits without a leading zero, or a city.
 
     When the text names every city, the first template of the wording, a number's, is used instead.
+
+    Raises:
+        DataError: Ten thousand numbers in a row were taken.
     """
     if template.kind == "city":
         free = [city for city in _CITIES if city not in taken]
         if free:
             return template, rng.choice(free)
         template = templates(wording)[0]
-    while (value := str(rng.randint(10000, 99999))) in taken:
-        pass
-    return template, value
+    for _ in range(_TRIES):
+        value = str(rng.randint(10000, 99999))
+        if value not in taken:
+            return template, value
+    raise DataError(
+        "the text to hide facts in holds nearly every five-digit number, so that no answer would be unique",
+        hint="Use prose rather than tables of numbers.",
+    )

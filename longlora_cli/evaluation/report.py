@@ -68,15 +68,12 @@ def save_position_curve(path: Path, task: dict[str, Any], *, title: str) -> None
     buckets = task["by_position"]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    # A bucket is drawn at its geometric middle; the first one reaches down to one token of context.
-    middles = [(max(b["from"], 1) * b["to"]) ** 0.5 for b in buckets]
-    axes.plot(middles, [b["perplexity"] for b in buckets], marker="o", color="#00429d")
+    places = range(len(buckets))  # evenly: a bucket is twice as long as the one before it
+    axes.plot(places, [b["perplexity"] for b in buckets], marker="o", color="#00429d")
     if all(b["ci95"] for b in buckets):
         lows, highs = zip(*(b["ci95"] for b in buckets), strict=True)
-        axes.fill_between(middles, lows, highs, color="#00429d", alpha=0.2, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(middles, [f"{b['from']:,}-{b['to']:,}" for b in buckets], rotation=30, fontsize=8)
-    axes.minorticks_off()
+        axes.fill_between(places, lows, highs, color="#00429d", alpha=0.2, linewidth=0)
+    axes.set_xticks(places, [f"{b['from']:,}-{b['to']:,}" for b in buckets], rotation=30, fontsize=8)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("perplexity")
     axes.grid(alpha=0.3)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens `start` to `stop` of a text are read; those from `first` on are scored here for the first time."""
+    """Tokens `start` to `stop` of a text are read; those from `first` on are scored, only here."""
 
     start: int
     stop: int

@@ -150,7 +150,7 @@ def size(count: int) -> str:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be taken on a device: of a GPU with what torch holds unused, of the host within its cgroup."""
+    """Memory still to be had: of a GPU with what torch holds unused, of the host within its cgroup."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused

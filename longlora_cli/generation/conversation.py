@@ -1,9 +1,9 @@
 """A conversation as token ids: what the model said is what it is fed.
 
 Ids of earlier turns are kept, never made again from text. A new turn adds the ids of what the chat template
-writes after the last answer, as long as the template's text shows that it only added. When it rewrites the past
-(drops old reasoning, writes the time into the system message), the whole conversation is encoded anew and the
-session's common prefix limits the loss.
+writes after the last answer, as long as the template's text shows that it only added. When it rewrites the
+past (drops old reasoning, writes the time into the system message), the whole conversation is encoded anew
+and the session's common prefix limits the loss.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ class Conversation:
     def _continuation(self, messages: list[Message], text: str) -> list[int] | None:
         """Ids that follow those of the last prompt and answer; None when the past is not what it was.
 
-        They come from a short stand-in of the conversation, so that a long past is not encoded again (0.5 s for
-        161,000 tokens), and start at the special token that ends the answer: no other token reaches across it.
+        They come from a short stand-in of the conversation, so that a long past is not encoded again (0.5 s
+        for 161,000 tokens), and start at the special token that ends the answer: no other token reaches
+        across it.
         """
         if not self._turns:
             return None

@@ -1,7 +1,8 @@
 """Read a prompt into a key/value cache, chunk by chunk.
 
 Activations then depend on the chunk and not on the prompt (chunked prefill: Agrawal et al. 2023, SARATHI,
-arXiv:2308.16369), and the output head sees one row: 32,768 rows of a 128,256-token vocabulary would be 15.7 GiB.
+arXiv:2308.16369), and the output head sees one row: 32,768 rows of a 128,256-token vocabulary would be 15.7
+GiB.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Advance = Callable[[int], None]
 def new_cache() -> Any:
     """An empty cache in which every layer keeps every token.
 
-    It is made without the model's config on purpose: layers with a sliding window would then drop tokens, and a
-    conversation could not go back to an earlier point. The attention itself applies the window.
+    It is made without the model's config on purpose: layers with a sliding window would then drop tokens, and
+    a conversation could not go back to an earlier point. The attention itself applies the window.
     """
     from transformers import DynamicCache
 
@@ -42,9 +43,9 @@ def _tokens(tensor: Tensor | None) -> int:
 def crop(cache: Any, length: int) -> None:
     """Forget everything after the first `length` tokens.
 
-    Each tensor is cut by itself, because an interruption may have left layers, or the keys and values of one layer,
-    at different lengths. `DynamicCache.crop` cannot do that, and what its argument means changed between
-    transformers 5.17 and 5.23.
+    Each tensor is cut by itself, because an interruption may have left layers, or the keys and values of one
+    layer, at different lengths. `DynamicCache.crop` cannot do that, and what its argument means changed
+    between transformers 5.17 and 5.23.
     """
     for layer in cache.layers:
         if layer.is_initialized:
@@ -75,9 +76,10 @@ def prefill(
     Args:
         loaded: The model.
         ids: Token ids that come after the cached ones, at least one.
-        cache: From `new_cache`; it grows by `len(ids)`. When this call is ended by an exception (Ctrl-C, out of
-            memory), it is cut back to the chunks that were done.
-        chunk: Tokens run at one time. Not used for positions that depend on the length: they are read at once.
+        cache: From `new_cache`; it grows by `len(ids)`. When this call is ended by an exception (Ctrl-C, out
+            of memory), it is cut back to the chunks that were done.
+        chunk: Tokens run at one time. Not used for positions that depend on the length: they are read at
+            once.
         advance: Called after each chunk with its number of tokens.
 
     Returns:
@@ -138,7 +140,7 @@ def _logits(loaded: LoadedModel, hidden: Tensor | None) -> Tensor:
 
 
 def _forget_longest(loaded: LoadedModel) -> None:
-    """Let dynamic positions start anew: they keep the frequencies of the longest text seen until a short one comes."""
+    """Let dynamic positions start anew: they keep the longest text's frequencies until a short one comes."""
     start = torch.zeros(1, 1, dtype=torch.long, device=loaded.device)
     for module in loaded.causal_lm.modules():
         if isinstance(getattr(module, "inv_freq", None), Tensor):

@@ -1,6 +1,7 @@
 """Choose the next token from logits: the likeliest, or a draw with temperature and top-p.
 
-Nucleus sampling (top-p): Holtzman et al. 2020, The Curious Case of Neural Text Degeneration (arXiv:1904.09751).
+Nucleus sampling (top-p): Holtzman et al. 2020, The Curious Case of Neural Text Degeneration
+(arXiv:1904.09751).
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0) -> 
     Args:
         logits: `[vocabulary]`, any floating dtype.
         temperature: Above 0; logits are divided by it.
-        top_p: Tokens are taken from the likeliest on until their sum reaches this, the last one included; the rest
-            get 0.
+        top_p: Tokens are taken from the likeliest on until their sum reaches this, the last one included; the
+            rest get 0.
 
     Returns:
-        Probabilities, float64 `[vocabulary]` on the CPU, so that one seed draws the same tokens on every device.
+        Probabilities, float64 `[vocabulary]` on the CPU, so that one seed draws the same tokens on every
+        device.
     """
     shares = (logits.detach().to("cpu", torch.float64) / temperature).softmax(-1)
     if top_p >= 1.0:
@@ -47,8 +49,8 @@ def probabilities(logits: Tensor, *, temperature: float, top_p: float = 1.0) -> 
 def make_sampler(*, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Sampler:
     """`greedy` for temperature 0, else draws with a random generator of its own.
 
-    One uniform number is used for each token, so that the n-th draw depends on the seed and the n-th distribution
-    alone; torch's global generator is neither read nor moved.
+    One uniform number is used for each token, so that the n-th draw depends on the seed and the n-th
+    distribution alone; torch's global generator is neither read nor moved.
     """
     if temperature == 0.0:
         return greedy

@@ -1,7 +1,8 @@
 """One model and what it has read: answers that run only the tokens which are new.
 
-A session keeps a key/value cache and the exact ids in it. A prompt that begins with the same ids goes on from there;
-the longest common prefix is found on ids, never on text. What was interrupted leaves a valid prefix behind.
+A session keeps a key/value cache and the exact ids in it. A prompt that begins with the same ids goes on from
+there; the longest common prefix is found on ids, never on text. What was interrupted leaves a valid prefix
+behind.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Answer:
 
 
 def stop_ids(loaded: LoadedModel) -> frozenset[int]:
-    """All tokens that end an answer: the tokenizer's, the generation config's, and the chat template's end of turn."""
+    """Tokens that end an answer: of the tokenizer, the generation config and the template's end of turn."""
     found = {loaded.tokenizer.eos_token_id}
     for config in (getattr(loaded.causal_lm, "generation_config", None), loaded.causal_lm.config):
         own = getattr(config, "eos_token_id", None)
@@ -89,7 +90,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 
 
 def refuse_overflow(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
-    """Raise `SettingsError` when prompt and answer are longer than the context; nothing is ever cut to fit."""
+    """Raise `SettingsError` when prompt and answer exceed the context; nothing is ever cut to fit."""
     needed = prompt_tokens + max_new_tokens
     if needed <= limit:
         return
@@ -99,8 +100,8 @@ def refuse_overflow(prompt_tokens: int, max_new_tokens: int, limit: int) -> None
         remedies.append(f"use --max-new-tokens {room}")
     remedies.append("use a run trained for longer, or stretch the positions with --rope")
     raise SettingsError(
-        f"the prompt has {prompt_tokens:,} tokens and the answer up to {max_new_tokens:,}: {needed:,} are needed, "
-        f"the context has {limit:,}",
+        f"the prompt has {prompt_tokens:,} tokens and the answer up to {max_new_tokens:,}: "
+        f"{needed:,} are needed, the context has {limit:,}",
         rule="Text is never cut without being asked.",
         hint="; or ".join(remedies)[:1].upper() + "; or ".join(remedies)[1:] + ".",
     )
@@ -122,7 +123,8 @@ class Session:
         self.prefill_chunk = prefill_chunk
         self.context_length = context_length or loaded.context_length
         self._cache = new_cache()
-        # Always what the cache holds or is about to hold, so that `ids` is right wherever an interruption struck.
+        # Always what the cache holds or is about to hold, so that `ids` is right wherever an interruption
+        # struck.
         self._ids: list[int] = []
 
     @property
@@ -141,7 +143,7 @@ class Session:
         return tokens * self.loaded.facts.kv_bytes_per_token(element_bytes)
 
     def reusable(self, ids: Sequence[int]) -> int:
-        """How many of these tokens need not be run. At least one is: its logits choose the first new token."""
+        """How many of these tokens need not be run. The last always is, for its logits."""
         if depends_on_length(self.loaded):
             return 0
         common = 0
@@ -173,14 +175,14 @@ class Session:
             max_new_tokens: Most tokens of the answer.
             stop_ids: Tokens that end it.
             sampler: Chooses a token from logits `[vocabulary]`.
-            on_token: Called for each token with its id and the text that it completes, and at the end with the last
-                id once more if a text was unfinished.
+            on_token: Called for each token with its id and the text that it completes, and at the end with
+                the last id once more if a text was unfinished.
             advance: Called with the number of prompt tokens just run.
             allow_beyond: Measure a model beyond its context length on purpose.
 
         Returns:
-            The answer. Ctrl-C is not raised: it gives what was said so far, with `finish="interrupted"`. Callers
-            that answer many prompts must look at it.
+            The answer. Ctrl-C is not raised: it gives what was said so far, with `finish="interrupted"`.
+            Callers that answer many prompts must look at it.
 
         Raises:
             SettingsError: Prompt and answer do not fit, unless `allow_beyond`.

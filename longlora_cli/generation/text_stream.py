@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 _BROKEN = "\ufffd"
-# Two characters of four bytes each, written as single-byte tokens, leave at most 7 unfinished marks at the end.
-# More of them are not the start of a character but bytes that never become one.
+# Two characters of four bytes each, written as single-byte tokens, leave at most 7 unfinished marks at the
+# end. More of them are not the start of a character but bytes that never become one.
 _MOST_BROKEN = 8
 
 
 class TextStream:
     """Turns ids into pieces of text; the pieces joined are the text of all ids.
 
-    A character may be spread over several tokens, and some tokenizers drop a space at the start of what they decode.
-    So each step decodes the last shown tokens together with the new ones, and shows what came to it once it does not
-    end inside a character. A step costs a few tokens' decoding however long the text is.
+    A character may be spread over several tokens, and some tokenizers drop a space at the start of what they
+    decode. So each step decodes the last shown tokens together with the new ones, and shows what came to it
+    once it does not end inside a character. A step costs a few tokens' decoding however long the text is.
 
     Args:
         tokenizer: A fast tokenizer; its special tokens are left out of the text.

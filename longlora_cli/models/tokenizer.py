@@ -35,8 +35,9 @@ def load_tokenizer(name_or_folder: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = BUILTIN if str(name_or_folder) == "builtin" else Path(name_or_folder)
-    is_folder = folder.is_dir()
+    is_builtin = str(name_or_folder) == "builtin"
+    folder = BUILTIN if is_builtin else Path(name_or_folder)
+    is_folder = is_builtin or folder.is_dir()
     if is_folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(
             f"{folder} holds no tokenizer",
@@ -44,17 +45,16 @@ def load_tokenizer(name_or_folder: str | Path) -> Any:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder if is_folder else name_or_folder), trust_remote_code=False, local_files_only=is_folder
+            str(folder), trust_remote_code=False, local_files_only=is_folder
         )
-    except OSError as error:
-        if is_folder:
-            raise DataError(f"{folder}: its tokenizer cannot be read: {_first_line(error)}") from error
-        raise NotFoundError(
-            f"there is no folder {name_or_folder}, and the hub gives no tokenizer of that name",
-            hint="Give a model folder, a hub name while online, or 'builtin'.",
-        ) from error
     except Exception as error:  # the backend raises nothing narrower for a damaged file
-        raise DataError(f"{name_or_folder}: its tokenizer cannot be read: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if not is_folder and isinstance(error, OSError | ValueError):
+            raise NotFoundError(
+                f"there is no folder {folder}, and the hub gives no tokenizer of that name: {reason}",
+                hint="Give a model folder, a hub name while online, or 'builtin'.",
+            ) from error
+        raise DataError(f"{folder}: its tokenizer cannot be read: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{name_or_folder} has no fast tokenizer",

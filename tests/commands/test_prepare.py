@@ -288,3 +288,25 @@ def test_chats_and_a_model_without_a_template_are_refused(
     source = rows(tmp_path / "c.jsonl", {"messages": CHAT})
     assert prepare(source, "-m", tmp_path / "base", "-o", tmp_path / "data") == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from longlora_cli.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(book: Path, model: str, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    book.write_text(book.read_text() * 20)
+    arguments = ["prepare", str(book), "-m", model, "-o", str(tmp_path / "data")]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5, done.stderr
+    assert "the disk is full" in done.stderr
+    assert left_behind(tmp_path, book) == []

@@ -22,6 +22,7 @@ SENTENCES = [
     "The secret code of the amber falcon is 48213. What is it?",
     "Well, hello there, my friend; how are you today?\n\nI am fine, thank you.",
     "You are a helpful assistant. system user assistant <|im_start|> [INST] </s> 0123456789",
+    "One.\n\nTwo?\n\nThree?\n\nFour,\n\nfive!”\n\nsix",
     "Ünïcödé text — with “quotes”, emoji 🙂 and 漢字.",
 ] * 10
 

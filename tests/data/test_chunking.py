@@ -32,6 +32,7 @@ def test_pieces_put_together_again_are_the_document(
     joined = np.concatenate([ids[overlap if n else 0 :] for n, (ids, _) in enumerate(pieces)])
     assert np.array_equal(joined, document(tokens).ids)
     assert all(len(ids) <= max_length for ids, _ in pieces)
+    assert len(pieces) == 1 or len(pieces[-1][0]) > overlap  # no piece holds only what another holds
 
     counts = Counts()
     kept = Cutter(max_length, min_length, overlap, "split").cut(document(tokens), counts)

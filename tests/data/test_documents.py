@@ -146,14 +146,14 @@ def test_a_hub_dataset_offline_is_not_found() -> None:
 
 
 def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl", {"text": "a"}, {"text": None}, {"text": "b"}, {"txet": "c"}, {"text": 3}
-    )
+    rows = [{"text": "a"}, {"text": None}, {"text": "b"}, {"txet": "c"}, {"text": 3}, {"text": None}]
+    path = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(DataError) as caught:
         read(path)
     assert caught.value.message == f"{path}:2: text is null, a text is needed"
     assert caught.value.rule == (
-        "Also line 4: unknown key 'txet'; did you mean text?; line 5: text is a number, a text is needed"
+        "Also the same on line 6; line 4: unknown key 'txet'; did you mean text?; "
+        "line 5: text is a number, a text is needed"
     )
 
 
@@ -161,9 +161,8 @@ def test_at_most_twenty_faults_are_told(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *({"text": None} for _ in range(100)))
     with pytest.raises(DataError) as caught:
         read(path)
-    assert caught.value.rule is not None
-    assert caught.value.rule.count("line ") == 19
-    assert caught.value.rule.endswith("reading stopped after 20 faults")
+    others = ", ".join(str(number) for number in range(2, 21))
+    assert caught.value.rule == f"Also the same on line {others}; reading stopped after 20 faults"
 
 
 def test_documents_come_before_the_whole_file_was_read(tmp_path: Path) -> None:

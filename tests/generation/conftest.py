@@ -82,6 +82,7 @@ def make_loaded(
             )
         ),
         "adapter": adapted,
+        "bf16": lambda: load(make_folder("bf16"), dtype="bf16"),
         "nf4": lambda: load(make_folder("nf4"), quantization="nf4"),
         "dynamic": lambda: load(make_folder("dynamic", max_position_embeddings=32, rope_parameters=dynamic)),
     }

@@ -57,6 +57,12 @@ def test_steps_give_the_logits_of_the_whole_model(tiny):
     torch.testing.assert_close(step(tiny, ids[11], cache), plain_logits(tiny, ids), rtol=0, atol=1e-5)
 
 
+def test_no_forward_is_larger_than_the_chunk(tiny, count_tokens):
+    with count_tokens(tiny) as counts:
+        prefill(tiny, random_ids(50), new_cache(), chunk=16)
+    assert counts == [16, 16, 16, 2]
+
+
 def test_progress_adds_up_to_the_tokens_run(tiny):
     counts = []
     prefill(tiny, random_ids(50), new_cache(), chunk=16, advance=counts.append)
@@ -155,7 +161,7 @@ def test_logits_that_are_no_numbers_are_refused(tiny):
 
 
 def test_dynamic_positions_are_read_at_once_and_leave_nothing_behind(make_loaded):
-    """Beyond 32 tokens the frequencies depend on the length; the plain model is run before any longer text."""
+    """Beyond 32 tokens the frequencies depend on the length; the plain model runs before any longer text."""
     loaded, ids = make_loaded("dynamic"), random_ids(50)
     expected = plain_logits(loaded, ids)
     prefill(loaded, random_ids(100, seed=1), new_cache(), chunk=16)

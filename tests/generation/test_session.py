@@ -112,7 +112,7 @@ def test_the_pieces_told_are_the_text(tiny):
     assert answer.text == tiny.tokenizer.decode(answer.ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("kind", ["tied", "nf4"])
+@pytest.mark.parametrize("kind", ["tied", "bf16", "nf4"])
 def test_kv_bytes_are_known_before_they_are_held(make_loaded, kind):
     session = Session(make_loaded(kind))
     answer = ask(session, random_ids(50), new=8)

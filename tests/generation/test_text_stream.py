@@ -13,7 +13,7 @@ from longlora_cli.generation.text_stream import TextStream
 
 @pytest.fixture(scope="module")
 def tokenizers(tiny_tokenizer_folder: Path):
-    """Byte-level BPE, and one that marks spaces and writes unknown characters as single bytes, as Llama 2 does."""
+    """Byte-level BPE, and one that marks spaces and falls back to bytes, as Llama 2 does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

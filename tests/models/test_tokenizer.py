@@ -58,9 +58,10 @@ def test_what_changes_ids_changes_the_tokenizers_hash(folder: Path, change: str)
     assert tokenizer_sha256(tokenizer) != before
 
 
-def test_an_unknown_name_is_not_found() -> None:
-    with pytest.raises(NotFoundError, match="no folder no/such-model"):
-        load_tokenizer("no/such-model")
+@pytest.mark.parametrize("name", ["no/such-model", "/no/such/folder", "no-such-model"])
+def test_an_unknown_name_is_not_found(name: str) -> None:
+    with pytest.raises(NotFoundError, match=f"no folder {name}"):
+        load_tokenizer(name)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

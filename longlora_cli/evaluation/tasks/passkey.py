@@ -19,8 +19,11 @@ from longlora_cli.errors import SettingsError
 from longlora_cli.evaluation.generation import Question, Row
 
 TASK = "passkey"
-NOISE = "The meadow is wide. The clouds are slow. The road is long. The stones are grey. We walk on and nothing happens."
-"""Filler without meaning, for `--haystack noise`; it measures whether a key is found, not whether text is read."""
+NOISE = (
+    "The meadow is wide. The clouds are slow. The road is long. The stones are grey. "
+    "We walk on and nothing happens."
+)
+"""Filler without meaning, for `--haystack noise`: does a key stand out? It does not ask for reading."""
 
 _SENTENCE = "The pass key is {key}. Remember it. {key} is the pass key."
 _QUESTION = "What is the pass key?"

@@ -1,0 +1,98 @@
+"""A tiny model that is loaded as users load one, texts to read, and answerers whose score is known."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from longlora_cli.config import ModelSection
+from longlora_cli.evaluation.generation import Answer, Question
+from longlora_cli.models.loading import LoadedModel, load_model
+
+WORDS = [
+    "river",
+    "mill",
+    "wind",
+    "stone",
+    "old",
+    "quiet",
+    "walked",
+    "slept",
+    "under",
+    "over",
+    "bridge",
+    "they",
+    "time",
+    "wisdom",
+    "age",
+    "worst",
+    "best",
+]
+
+
+def make_text(sentences: int, seed: int = 0) -> str:
+    """Different sentences of random words."""
+    rng = random.Random(seed)
+    return " ".join(
+        " ".join(rng.choices(WORDS, k=rng.randint(3, 9))).capitalize() + "." for _ in range(sentences)
+    )
+
+
+class Oracle:
+    """Answers every prompt with its first reference."""
+
+    def __init__(self, questions: Sequence[Question]) -> None:
+        self._answers = {tuple(q.prompt): q.references[0] for q in questions}
+        self.asked = 0
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        self.asked += 1
+        return Answer([1], self._answers[tuple(ids)], "eos")
+
+
+class Null:
+    """Says nothing."""
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        return Answer([], "", "eos")
+
+
+class Parrot:
+    """Repeats its prompt."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+
+    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+        return Answer(list(ids), self._decode(list(ids)), "length")
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded(tiny_model_folder: Path) -> LoadedModel:
+    """The tiny model in float32 on the CPU."""
+    return load_model(
+        ModelSection(model=str(tiny_model_folder), dtype="fp32", device="cpu"), context_length=512
+    )
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 400 sentences."""
+    path = tmp_path_factory.mktemp("texts") / "book.txt"
+    path.write_text(make_text(400), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def answerers() -> Callable[..., Oracle | Null | Parrot]:
+    """`answerers(kind, questions, decode)` for the kinds oracle, null and parrot."""
+
+    def make(
+        kind: str, questions: Sequence[Question], decode: Callable[[list[int]], str]
+    ) -> Oracle | Null | Parrot:
+        return {"oracle": lambda: Oracle(questions), "null": Null, "parrot": lambda: Parrot(decode)}[kind]()
+
+    return make

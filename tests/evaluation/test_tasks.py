@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+from transformers import AutoTokenizer
+
+from longlora_cli.data.haystack import Haystack
+from longlora_cli.errors import DataError, SettingsError
+from longlora_cli.evaluation.tasks.needle import needle_questions
+from longlora_cli.evaluation.tasks.passkey import NOISE, depth_shares, passkey_questions
+from longlora_cli.evaluation.tasks.rows import read_questions, read_rows
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_folder):
+    return AutoTokenizer.from_pretrained(tiny_tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def bare_tokenizer(tiny_tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_folder)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def haystack(book):
+    return Haystack([book.read_text()])
+
+
+def passkeys(haystack, tokenizer, **changes):
+    settings = {"length": 512, "depths": 5, "samples": 2, "seed": 0, "answer_tokens": 16}
+    return list(passkey_questions(haystack, tokenizer, **{**settings, **changes}))
+
+
+def needles(haystack, tokenizer, **changes):
+    settings = {"length": 700, "depths": 3, "samples": 2, "facts": 4, "seed": 0, "answer_tokens": 16}
+    return list(needle_questions(haystack, tokenizer, **{**settings, **changes}))
+
+
+MAKERS = pytest.mark.parametrize("make", [passkeys, needles], ids=["passkey", "needle"])
+
+
+@MAKERS
+@pytest.mark.parametrize("length", [700, 1500])
+def test_prompt_and_answer_fill_the_length_and_never_pass_it(haystack, tokenizer, make, length):
+    for question in make(haystack, tokenizer, length=length):
+        assert 0.95 * length <= len(question.prompt) + 16 <= length
+
+
+@MAKERS
+def test_the_answer_stands_only_in_its_own_sentence(haystack, tokenizer, make):
+    for question in make(haystack, tokenizer):
+        text = tokenizer.decode(question.prompt)
+        assert text.count(question.references[0]) == (2 if make is passkeys else 1)
+
+
+@MAKERS
+def test_the_answer_stands_at_its_depth(haystack, tokenizer, make):
+    for question in make(haystack, tokenizer, length=1500):
+        text = tokenizer.decode(question.prompt)
+        place = text.index(question.references[0]) / len(text)
+        # Facts of the other depths and the question shift a place in the whole prompt a little.
+        assert place == pytest.approx(question.facts["actual_depth"], abs=0.12)
+        nearby = 0.05 if make is passkeys else 1 / 6 + 0.05
+        assert question.facts["actual_depth"] == pytest.approx(question.facts["depth"], abs=nearby)
+
+
+@MAKERS
+def test_a_seed_repeats_its_samples_and_another_makes_others(haystack, tokenizer, make):
+    first, again, other = (make(haystack, tokenizer, seed=seed) for seed in (0, 0, 1))
+    assert [q.prompt for q in first] == [q.prompt for q in again]
+    assert not {q.references[0] for q in first} & {
+        q.references[0] for q in other if q.references[0].isdigit()
+    }
+    late = make(haystack, tokenizer, samples=1, first_sample=1)
+    assert [q.prompt for q in late] == [q.prompt for q in first if q.facts["sample"] == 1]
+
+
+@MAKERS
+def test_questions_of_one_sample_follow_each_other_and_share_what_can_be_kept(haystack, tokenizer, make):
+    questions = make(haystack, tokenizer, samples=1, length=1500)
+    for before, after in pairwise(questions):
+        common = next(i for i, (a, b) in enumerate(zip(before.prompt, after.prompt, strict=False)) if a != b)
+        needed = 0.95 if make is needles else after.facts["actual_depth"] * 0.9
+        assert common >= needed * len(after.prompt)
+    if make is passkeys:
+        assert [q.facts["depth"] for q in questions] == depth_shares(5)[::-1]
+
+
+@MAKERS
+def test_a_length_that_holds_no_sample_is_refused(haystack, tokenizer, make):
+    with pytest.raises(SettingsError, match="--lengths 40"):
+        make(haystack, tokenizer, length=40)
+
+
+def test_noise_can_be_the_haystack(tokenizer):
+    questions = passkeys(Haystack([NOISE]), tokenizer)
+    assert "The meadow is wide." in tokenizer.decode(questions[0].prompt)
+    assert all(len(q.prompt) + 16 >= 0.95 * 512 for q in questions)
+
+
+def test_without_a_template_passkey_is_a_text_to_continue_and_needle_is_refused(haystack, bare_tokenizer):
+    question = passkeys(haystack, bare_tokenizer)[0]
+    assert bare_tokenizer.decode(question.prompt).endswith("Answer: The pass key is")
+    assert question.facts["first_word"] is True
+    with pytest.raises(DataError, match="chat template"):
+        needles(haystack, bare_tokenizer)
+
+
+def test_other_wordings_make_other_sentences(haystack, tokenizer):
+    for question in needles(haystack, tokenizer, wording="eval"):
+        assert question.facts["question"].startswith(("Under what", "In which city"))
+
+
+def test_a_single_depth_is_the_middle():
+    assert depth_shares(1) == [0.5]
+    assert math.fsum(depth_shares(5)) == 2.5
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rows_give_prompts_and_all_their_references(tmp_path, tokenizer):
+    chat = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    path = write(
+        tmp_path / "rows.jsonl",
+        {"input": "q1", "outputs": ["a", "b"]},
+        "\n",
+        {"input": "q2", "outputs": "c"},
+        {"prompt": "q3", "completion": "d"},
+        {"messages": chat},
+    )
+    questions = read_questions(path, tokenizer)
+    assert [q.references for q in questions] == [["a", "b"], ["c"], ["d"], ["Hello"]]
+    assert [q.facts["row"] for q in questions] == [f"rows.jsonl:{n}" for n in (1, 3, 4, 5)]
+    assert tokenizer.decode(questions[0].prompt) == "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n"
+    assert "Be short." in tokenizer.decode(questions[3].prompt)
+    assert "Hello" not in tokenizer.decode(questions[3].prompt)
+    assert len(read_rows(path, max_samples=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("{oops\n", ":2: not JSON"),
+        ({"input": "q"}, ":2: 'input' without 'outputs'"),
+        ({"input": "q", "outputs": []}, ":2: outputs is empty"),
+        ({"input": "q", "outputs": ["a", ""]}, ":2: outputs is empty"),
+        ({"text": "only a text"}, ":2: a row with only a text has no answer"),
+        ([1], ":2: a row is a JSON object"),
+    ],
+)
+def test_a_bad_row_is_named_with_file_and_line(tmp_path, row, fault):
+    path = write(tmp_path / "rows.jsonl", {"input": "q", "outputs": "a"}, row)
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    assert f"rows.jsonl{fault}" in caught.value.message
+
+
+def test_missing_and_empty_files_are_faults_of_the_input(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="the file is empty"):
+        read_rows(write(tmp_path / "empty.jsonl", "\n"))
