@@ -94,9 +94,11 @@ class StoredRows:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return matrix_shape(self.tensor.shape)
 
     def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), `[last - first, columns]` in float64."""
         return self.tensor.read(first, last).double()
 
 
@@ -109,6 +111,7 @@ class SharedRows:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return self._source.shape
 
     def rows(self, first: int, last: int) -> Tensor:
