@@ -7,6 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+import transformers  # here, so that its bars are off before anything is loaded
+
 from longlora_cli import __version__
 from longlora_cli.config import MergeConfig
 from longlora_cli.console import Console
@@ -120,8 +124,13 @@ def _recipe(config: MergeConfig, plan: MergePlan, notes: list[str]) -> dict[str,
         "tensors": len(plan.outputs),
         "bytes": plan.nbytes,
         "notes": notes,
-        "versions": {"longlora": __version__}
-        | {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes")},
+        "versions": {
+            "longlora": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "bitsandbytes": version("bitsandbytes"),
+        },
     }
 
 

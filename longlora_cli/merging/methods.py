@@ -40,9 +40,11 @@ class WeightedSum:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return self.sources[0].shape
 
     def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), `[last - first, columns]` in float64."""
         total: Tensor | None = None
         for source, weight in zip(self.sources, self.weights, strict=True):
             if weight == 0:

@@ -42,9 +42,11 @@ class _Whole:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
     def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), `[last - first, columns]` in float64."""
         return self.matrix[first:last].double()
 
 

@@ -237,13 +237,17 @@ def check_together(ingredients: Sequence[Ingredient], *, any_dtype: bool) -> Non
                 f"{told[0]} to {lengths[0]:,} tokens and {told[1]} to {lengths[1]:,}",
                 rule="Mixed weights read positions in one way only.",
             )
-    prints = {i.record.base_fingerprint: i.name for i in ingredients if i.record}
-    if len(prints) > 1 and all(i.adapter for i in ingredients):
-        names = list(prints.values())
-        raise IncompatibleError(
-            f"{names[0]} and {names[1]} are adapters of different bases",
-            rule="Adapters are mixed on the one base they were trained on.",
-        )
+    folders = {i.base.folder: i.name for i in ingredients}
+    if len(folders) > 1 and all(i.adapter for i in ingredients):
+        prints = {
+            fingerprint(folder): name for folder, name in folders.items()
+        }  # copies of one base are one base
+        if len(prints) > 1:
+            names = list(prints.values())
+            raise IncompatibleError(
+                f"{names[0]} and {names[1]} are adapters of different bases",
+                rule="Adapters are mixed on the one base they were trained on.",
+            )
 
 
 def _same_tensors(first: Ingredient, other: Ingredient, *, any_dtype: bool) -> None:

@@ -62,6 +62,7 @@ class Nf4Rows:
         return packed, state
 
     def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), `[last - first, columns]` in float64."""
         import bitsandbytes.functional as bnb
 
         packed, state = self._quantize(first, last)
@@ -78,6 +79,7 @@ class Int8Rows:
         self._tensor, self._dtype, self.shape = tensor, dtype, matrix_shape(tensor.shape)
 
     def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), `[last - first, columns]` in float64."""
         return int8_round_trip(self._tensor.read(first, last).to(self._dtype))
 
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longlora_cli.errors import IntegrityError, NotFoundError, SecurityError
+from longlora_cli.errors import IntegrityError, NotFoundError, NumericError, SecurityError
 
 MODEL_FILE = "model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
@@ -94,9 +94,11 @@ class StoredRows:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return matrix_shape(self.tensor.shape)
 
     def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` (exclusive), `[last - first, columns]` in float64."""
         return self.tensor.read(first, last).double()
 
 
@@ -109,6 +111,7 @@ class SharedRows:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
         return self._source.shape
 
     def rows(self, first: int, last: int) -> Tensor:
@@ -282,6 +285,9 @@ def write_model(
         advance: Called with the number of bytes just written.
         file: Name of the file when one is enough.
         shard_bytes: A file ends before it would hold more than this.
+
+    Raises:
+        NumericError: A value is too large for float16.
     """
     shards: list[list[OutputTensor]] = [[]]
     filled = 0
@@ -321,7 +327,13 @@ def _write_file(path: Path, outputs: Sequence[OutputTensor], advance: Callable[[
         for output in outputs:
             source = output.open()
             for first, last in blocks(matrix_shape(output.shape)):
-                data = _block(source, first, last, output.dtype).contiguous().view(torch.uint8).numpy()
+                block = _block(source, first, last, output.dtype)
+                if output.dtype == torch.float16 and not block.isfinite().all():
+                    raise NumericError(
+                        f"{output.name} has values that float16 cannot hold (above 65,504)",
+                        hint="Use --dtype bf16 or fp32.",
+                    )
+                data = block.contiguous().view(torch.uint8).numpy()
                 stream.write(data.data)
                 advance(data.nbytes)
 

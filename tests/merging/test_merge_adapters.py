@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_an_adapter_tensor_without_a_place_or_a_place_without_a_tensor_is_refuse
 
 
 @pytest.mark.parametrize(
-    "key, value",
+    ("key", "value"),
     [
         ("bias", "all"),
         ("init_lora_weights", "pissa_niter_4"),
@@ -169,8 +170,6 @@ def test_an_adapter_asked_onto_another_base_is_a_settings_error(make_base, make_
 
 
 def test_an_adapter_whose_own_base_has_changed_is_incompatible(make_base, make_adapter, merge):
-    import shutil
-
     base = make_base()
     moved = make_adapter(base).parent / "base"
     shutil.copytree(base, moved)
@@ -184,8 +183,6 @@ def test_an_adapter_whose_own_base_has_changed_is_incompatible(make_base, make_a
 
 
 def test_a_copy_of_the_base_can_be_named(make_base, make_adapter, merge, tmp_path):
-    import shutil
-
     base = make_base()
     shutil.copytree(base, tmp_path / "copy")
     _, result = merge(make_adapter(base), model=str(tmp_path / "copy"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from longlora_cli.errors import IncompatibleError
+from longlora_cli.errors import IncompatibleError, NumericError
 from longlora_cli.merging.methods import METHODS
 from longlora_cli.merging.tensors import StoredRows, blocks, matrix_shape, open_folder, round_once
 
@@ -42,8 +45,6 @@ def test_the_order_of_equal_sources_does_not_matter(make_base, merge):
 
 
 def test_the_order_of_the_tensors_in_a_file_does_not_matter(make_base, merge, tmp_path):
-    import shutil
-
     one, other = make_base(), make_base(seed=1)
     shuffled = tmp_path / "shuffled"
     shutil.copytree(other, shuffled)
@@ -56,8 +57,6 @@ def test_the_order_of_the_tensors_in_a_file_does_not_matter(make_base, merge, tm
         save_file(part, shuffled / f"part-{number}.safetensors")
         placed |= dict.fromkeys(part, f"part-{number}.safetensors")
     index = {"metadata": {}, "weight_map": placed}
-    import json
-
     (shuffled / "model.safetensors.index.json").write_text(json.dumps(index))
     plain, other_order = merge(one, other, weights=[0.7, 0.3])[0], merge(one, shuffled, weights=[0.7, 0.3])[0]
     assert (plain / "model.safetensors").read_bytes() == (other_order / "model.safetensors").read_bytes()
@@ -128,8 +127,6 @@ def test_linear_holds_for_shapes_of_any_rank(tmp_path_factory, shape, weight, se
 
 
 def test_a_source_with_weight_zero_cannot_spread_its_infinities(make_base, merge, tmp_path):
-    import shutil
-
     base, broken = make_base(), tmp_path / "broken"
     shutil.copytree(make_base(seed=1), broken)
     tensors = model_of(broken)
@@ -175,8 +172,6 @@ def test_a_tied_and_an_untied_model_give_an_untied_one(make_base, merge, load_pl
 
 
 def test_integer_tensors_must_be_equal(make_base, merge, tmp_path):
-    import shutil
-
     folders = []
     for number in (0, 1):
         folder = tmp_path / f"with-integers-{number}"
@@ -191,11 +186,20 @@ def test_integer_tensors_must_be_equal(make_base, merge, tmp_path):
 
 
 def test_stale_rotary_frequencies_are_left_out(make_base, merge, tmp_path):
-    import shutil
-
     folder = tmp_path / "old"
     shutil.copytree(make_base(), folder)
     tensors = model_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     merged, _ = merge(folder, make_base())
     assert model_of(merged).keys() == model_of(make_base()).keys()
+
+
+def test_values_that_float16_cannot_hold_are_refused(make_base, merge, tmp_path):
+    folder = tmp_path / "large"
+    shutil.copytree(make_base(), folder)
+    tensors = model_of(folder)
+    tensors["model.norm.weight"][0] = 70_000
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericError, match=r"model.norm.weight .* float16"):
+        merge(folder, make_base(), weights=[1, 0], dtype="fp16", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -146,3 +146,12 @@ def test_the_sum_of_the_weights_is_told_when_it_is_not_one(make_base, make_adapt
     assert result["notes"] == ["the weights sum to 2, not to 1"]
     _, result = merge(make_adapter(base), make_adapter(base, seed=1))
     assert (result["notes"], result["weights"]) == ([], [0.5, 0.5])
+
+
+def test_adapters_without_a_record_are_not_mixed_across_bases(make_base, make_adapter, merge):
+    pair = [make_adapter(make_base()), make_adapter(make_base(seed=1))]
+    for adapter in pair:
+        (adapter / "longlora.json").unlink()
+        (adapter / "manifest.json").unlink()
+    with pytest.raises(IncompatibleError, match="different bases"):
+        merge(*pair)
