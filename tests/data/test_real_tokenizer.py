@@ -18,7 +18,7 @@ pytestmark = pytest.mark.real_model
 
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
-    return load_tokenizer(os.environ["LONGLORA_TEST_SMOLLM2"])
+    return load_tokenizer(os.environ["TEST_SMOLLM2"])
 
 
 def test_smollm2_chats_are_those_of_apply_chat_template_with_the_answers_learnt(smollm2: Any) -> None:
