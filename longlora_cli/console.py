@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Escape, the other C0 controls but newline and tab, DEL and the C1 range: a document or a model must not be able to
 # move the cursor, set the clipboard (OSC 52) or clear the screen.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_C1 = re.compile(r"[\x7f-\x9f]")
 # A pipe gets one progress line in this many seconds, a terminal a live bar.
 _PLAIN_PROGRESS_SECONDS = 10.0
 
@@ -31,6 +32,10 @@ def quiet_libraries() -> None:
     """Keep transformers, datasets and bitsandbytes from drawing bars and logging between our lines."""
     import logging
     import warnings
+
+    # Read when transformers and the hub client are imported, which may be later than now.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|torch|accelerate")
     if "transformers" in sys.modules:
@@ -155,7 +160,9 @@ class Console:
     def result(self, content: dict[str, Any]) -> None:
         """The one JSON object of `--json`; without it nothing, the command has already shown its result."""
         if self.is_main and self.json_mode:
-            sys.stdout.write(json.dumps(content, ensure_ascii=False, default=str) + "\n")
+            text = json.dumps(content, ensure_ascii=False, default=str)
+            # JSON escapes the C0 controls only; a raw U+009B from a model would still drive a terminal.
+            sys.stdout.write(_C1.sub(lambda m: f"\\u{ord(m[0]):04x}", text) + "\n")
             sys.stdout.flush()
 
     def error(self, lines: list[str], exit_code: int) -> None:

@@ -59,6 +59,7 @@ class Counts:
     tokens_repeated: int = 0
 
     def as_dict(self) -> dict[str, int]:
+        """The counts by name, for the manifest and the result."""
         return asdict(self)
 
 

@@ -41,6 +41,7 @@ class Document:
 
     @property
     def is_chat(self) -> bool:
+        """True for turns of a conversation, False for plain text."""
         return not isinstance(self.content, str)
 
 

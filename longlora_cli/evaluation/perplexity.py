@@ -30,8 +30,6 @@ Advance = Callable[[int], None]
 
 # Logits of one tile: 2^25 float32 numbers are 128 MiB (262 tokens at a vocabulary of 128,256).
 _TILE_LOGITS = 1 << 25
-# Models that scale or cap their logits after the head; a plain matrix product would score them wrongly.
-_LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,6 @@ def score_text(
     """
     if len(ids) < 2:
         raise ValueError(f"a text of {len(ids)} tokens has nothing to score")
-    _refuse_changed_logits(loaded)
     windows = plan_windows(len(ids), window, stride)
     in_curve = set(curve_windows(windows, window))
     tokens = torch.tensor(ids, dtype=torch.long)
@@ -149,15 +146,6 @@ def score_text(
                 advance(len(scored))
     stacked = np.stack(curve).astype(np.float32) if curve else np.zeros((0, window - 1), dtype=np.float32)
     return TextLosses(nll[1:], np.array(sums, dtype=np.float64), stacked)
-
-
-def _refuse_changed_logits(loaded: LoadedModel) -> None:
-    config = loaded.causal_lm.config
-    for name in _LOGIT_SETTINGS:
-        if getattr(config, name, None):
-            raise IncompatibleError(
-                f"the model changes its logits after the head ({name}), which perplexity cannot follow yet"
-            )
 
 
 def _groups(windows: list[Window], chunk: int) -> Iterator[list[Window]]:
@@ -287,7 +275,6 @@ def evaluate_chunks(
     Raises:
         IncompatibleError: The model changes its logits after the head.
     """
-    _refuse_changed_logits(loaded)
     tile = tile_tokens or tile_tokens_for(loaded.facts.vocabulary)
     number = len(chunks) if max_samples is None else min(max_samples, len(chunks))
     result = ChunkLosses(0.0, 0, 0)

@@ -116,7 +116,13 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, *, tile_tokens:
 
 
 def head_weight(model: nn.Module) -> Tensor | None:
-    """The output embedding `[vocabulary, width]` in use, or None when it is more than one plain matrix."""
+    """The output embedding `[vocabulary, width]` in use.
+
+    None when logits are not simply `hidden @ weight.T`: a bias, an adapter on the head, or scaled or capped logits.
+    """
+    config: Any = model.config
+    if any(getattr(config, name, None) for name in _LOGIT_SETTINGS):
+        return None
     head = model.get_output_embeddings()  # type: ignore[operator]
     saved = getattr(head, "modules_to_save", None)
     if saved is not None:  # PEFT keeps the trained copy beside the original
@@ -140,8 +146,7 @@ def use_tiled_loss(model: nn.Module, tile_tokens: int) -> Callable[[], None]:
         A function that undoes it. Models that scale or cap their logits, or whose head is more than a matrix, are
         left as they are and compute their own loss.
     """
-    config: Any = model.config
-    if head_weight(model) is None or any(getattr(config, name, None) for name in _LOGIT_SETTINGS):
+    if head_weight(model) is None:
         return lambda: None
     original = model.forward
 

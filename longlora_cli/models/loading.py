@@ -98,8 +98,10 @@ class LoadedModel:
     @property
     def context_length(self) -> int:
         """Tokens it can be asked to read: the trained length of an adapter, else the config's."""
-        record = self.source.record
-        return record.context_length if record else self.rope.max_position_embeddings
+        if self.source.record:
+            return self.source.record.context_length
+        own, parameters = self.rope.max_position_embeddings, self.rope.parameters
+        return int(own * parameters["factor"]) if parameters["rope_type"] == "dynamic" else own
 
     def hidden(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The decoder without its head: `[batch, tokens]` -> `last_hidden_state` `[batch, tokens, width]` and more."""
@@ -109,11 +111,11 @@ class LoadedModel:
         """Output embedding `[vocabulary, width]`.
 
         Raises:
-            IncompatibleError: The head is more than one matrix.
+            IncompatibleError: Logits are more than one matrix product: a bias, a scale or a cap.
         """
         weight = head_weight(self.causal_lm)
         if weight is None:
-            raise IncompatibleError("the model's output head is more than one matrix")
+            raise IncompatibleError(f"{self.source.base}: its output head is more than one matrix product")
         return weight
 
     def record(self, context_length: int) -> AdapterRecord:
