@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "generation": MODELS | {"beacon"},
     "evaluation": MODELS | {"beacon", "generation"},
     "merging": MODELS | {"beacon"},
-    "commands": MODELS | {"beacon", "training", "generation", "evaluation", "merging", "console", "options"}
+    "commands": MODELS
+    | {"beacon", "training", "generation", "evaluation", "merging", "console", "options"}
     | {"__init__"},
     "options": FLOOR | {"console", "commands"},
     "cli": FLOOR | {"console", "options", "__init__"},

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longlora_cli.errors import IncompatibleError
 from longlora_cli.evaluation.statistics import bootstrap_ratio
 from longlora_cli.evaluation.windows import Window, curve_windows, plan_windows, position_buckets
 from longlora_cli.generation.prefill import depends_on_length, new_cache

@@ -110,6 +110,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         self._loss_is_finite = True
         self._last_loss = 0.0
         self.saved_step = -1
+        self._evaluated: tuple[int, dict[str, float]] = (-1, {})
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward, counted; peaks are reset at the first of a step."""
@@ -141,6 +142,8 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         """Metrics of the model now, with its training mode put back and memory released on both sides."""
         if self.evaluator is None:
             return {}
+        if self._evaluated[0] == self.state.global_step:  # the last step's, asked for again at the end
+            return self._evaluated[1]
         release_memory(self.loaded.device)
         self.loaded.model.eval()
         try:
@@ -151,6 +154,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
             release_memory(self.loaded.device)
         self.log(metrics)
         self.meter.restart()
+        self._evaluated = (self.state.global_step, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
