@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
+from longlora_cli.commands.chat_terminal import Terminal
+from longlora_cli.commands.chat_turns import Chat, checked_question, read_texts
 from longlora_cli.config import ChatConfig
 from longlora_cli.console import Console, quiet_libraries
-from longlora_cli.data.documents import find_sources, read_documents
-from longlora_cli.errors import DataError, Interrupted, SettingsError
+from longlora_cli.errors import DataError, SettingsError
 from longlora_cli.generation.budget import Budget, ModelOutline, free_bytes, outline_model
-from longlora_cli.generation.conversation import Conversation, Prompt
-from longlora_cli.generation.sampling import make_sampler
-from longlora_cli.generation.session import Answer, Session, refuse_overflow, stop_ids
+from longlora_cli.generation.conversation import Conversation
+from longlora_cli.generation.session import Session, refuse_overflow
 from longlora_cli.models.loading import load_model
-
-# A shorter prompt is read before a bar could be drawn.
-_BAR_TOKENS = 512
 
 
 def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
@@ -58,8 +53,6 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     chat = Chat(config, console, notes, conversation, session)
     if question is not None:
         return chat.answer_once(prompt)
-    from longlora_cli.commands.chat_terminal import Terminal
-
     Terminal(chat).converse()
     return {"turns": conversation.turns}
 
@@ -73,42 +66,6 @@ def _question(prompt: str) -> str:
         except UnicodeDecodeError as error:
             raise DataError(f"standard input: byte {error.start} is not UTF-8") from error
     return checked_question(text)
-
-
-def checked_question(text: str) -> str:
-    """Refuse what cannot be encoded: nothing, or bytes that a terminal sent which are no characters."""
-    if not text.strip():
-        raise DataError("the question is empty")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"the question: character {error.start} is not UTF-8") from error
-    return text
-
-
-def read_texts(path: Path) -> list[tuple[str, str]]:
-    """Name and text of a file, or of each document in a folder.
-
-    What no document reader knows is read as plain text, and so are lines of JSON: a person asks about the
-    file.
-
-    Raises:
-        DataError: Nothing there, or not UTF-8; the byte is told.
-    """
-    if path.is_dir() or path.suffix.lower() in (".txt", ".md") or not path.exists():
-        documents = read_documents(find_sources([str(path)], split="train"), seed=0)
-        return [(Path(d.source).name, _as_text(d.content)) for d in documents]
-    raw = path.read_bytes()
-    try:
-        return [(path.name, raw.decode("utf-8-sig"))]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8") from error
-
-
-def _as_text(content: str | list[dict[str, str]]) -> str:
-    if isinstance(content, str):
-        return content
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
 
 
 def _first_budget(prompt_tokens: int, config: ChatConfig, outline: ModelOutline) -> Budget:
@@ -142,124 +99,3 @@ def _plan(config: ChatConfig, outline: ModelOutline, budget: Budget, files: dict
         "fits_context": budget.fits_context,
         "fits_memory": budget.fits_memory,
     }
-
-
-class Chat:
-    """One conversation with one model, and how its turns are shown.
-
-    Args:
-        config: Settings of the command.
-        console: Gets the answers.
-        notes: Gets everything else.
-        conversation: The turns.
-        session: The model and what it has read.
-    """
-
-    def __init__(
-        self,
-        config: ChatConfig,
-        console: Console,
-        notes: Console,
-        conversation: Conversation,
-        session: Session,
-    ) -> None:
-        self.console, self.notes = console, notes
-        self.conversation, self.session = conversation, session
-        self.max_new_tokens = config.max_new_tokens
-        self.last: Answer | None = None
-        self._stop_ids = stop_ids(session.loaded)
-        self._sampler = make_sampler(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
-
-    def answer_once(self, prompt: Prompt) -> dict[str, Any]:
-        """Answer one question and report it; what `--json` prints."""
-        answer = self.answer(prompt)
-        if answer.finish == "interrupted":
-            raise Interrupted(f"interrupted after {len(answer.ids):,} tokens")
-        return {
-            "text": answer.text,
-            "finish": answer.finish,
-            "prompt_tokens": answer.prompt_tokens,
-            "new_tokens": len(answer.ids),
-            "reused_tokens": answer.reused_tokens,
-            "context_length": self.session.context_length,
-            "kv_bytes": answer.kv_bytes,
-            "timings": {
-                "prefill_seconds": answer.prefill_seconds,
-                "decode_seconds": answer.decode_seconds,
-                "prefill_tokens_per_second": answer.prefill_rate,
-                "decode_tokens_per_second": answer.decode_rate,
-            },
-        }
-
-    def budget(self, prompt: Prompt) -> Budget:
-        """What a prompt will take beyond what the session holds."""
-        needed = len(prompt.ids) + self.max_new_tokens
-        kv_bytes = self.session.kv_bytes_for(needed)
-        held = self.session.kv_bytes_for(self.session.reusable(prompt.ids))
-        return Budget(
-            prompt_tokens=len(prompt.ids),
-            max_new_tokens=self.max_new_tokens,
-            context_length=self.session.context_length,
-            kv_bytes=kv_bytes,
-            more_bytes=kv_bytes - held,
-            free_bytes=free_bytes(self.session.loaded.device),
-        )
-
-    def answer(self, prompt: Prompt) -> Answer:
-        """Ask what the conversation made a prompt of, show the answer while it comes, and keep both.
-
-        An answer that was stopped before its first token is not kept, and neither is its question.
-
-        Raises:
-            SettingsError: Too long for the context; nothing was run.
-            ResourceError: Too large for the memory; nothing was run.
-        """
-        budget = self.budget(prompt)
-        refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
-        if prompt.attachments or self.last is None:
-            self.notes.print(budget.describe())
-        budget.refuse_memory()
-        answer = self._stream(prompt)
-        if answer.ids or answer.finish != "interrupted":
-            self.conversation.keep(prompt, answer.text, answer.ids)
-        self.last = answer
-        self.notes.print(self.meter(answer))
-        return answer
-
-    def _stream(self, prompt: Prompt) -> Answer:
-        new = len(prompt.ids) - self.session.reusable(prompt.ids)
-        with ExitStack() as bar:
-            advance = None
-            if new >= _BAR_TOKENS:
-                advance = bar.enter_context(self.notes.progress("Reading", total=new, unit="tokens"))
-
-            def show(token: int, piece: str) -> None:
-                bar.close()  # the bar ends where the answer begins
-                self.console.stream(piece)
-
-            answer = self.session.answer(
-                prompt.ids,
-                max_new_tokens=self.max_new_tokens,
-                stop_ids=self._stop_ids,
-                sampler=self._sampler,
-                on_token=show,
-                advance=advance,
-            )
-        self.console.stream("\n")
-        return answer
-
-    def meter(self, answer: Answer) -> str:
-        """One line under an answer: how full the context is, and what the answer cost."""
-        used, limit = answer.prompt_tokens + len(answer.ids), self.session.context_length
-        read = answer.prompt_tokens - answer.reused_tokens
-        parts = [
-            f"context {used:,} of {limit:,} ({used / limit:.0%})",
-            f"read {read:,} at {answer.prefill_rate:,.0f} tok/s",
-            f"reused {answer.reused_tokens:,} of {answer.prompt_tokens:,}",
-            f"{len(answer.ids):,} new at {answer.decode_rate:,.1f} tok/s",
-        ]
-        if answer.finish == "length":
-            parts.append(f"ended by --max-new-tokens {self.max_new_tokens:,}")
-        if answer.finish == "interrupted":
-            parts.append("stopped" if answer.ids else "stopped before the answer began; /retry asks again")
-        return "[" + ", ".join(parts) + "]"

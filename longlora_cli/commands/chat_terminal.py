@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from longlora_cli.commands.chat import Chat, checked_question, read_texts
+from longlora_cli.commands.chat_turns import Chat, checked_question, read_texts
 from longlora_cli.errors import DataError, Interrupted, LongLoRAError, SettingsError
 from longlora_cli.generation.budget import size
 from longlora_cli.generation.session import refuse_overflow
