@@ -127,7 +127,9 @@ class PrepareConfig(Section):
     model: str = setting("builtin", "Model whose tokenizer and chat template are used.", short="-m")
     max_length: Length = setting(4096, "Tokens per chunk, such as 4096 or 32k.", ge=8)
     min_length: Length = setting(0, "Leave out documents and pieces with fewer tokens.", ge=0)
-    overlap: Length = setting(0, "Tokens that consecutive pieces of a split document share, learnt once.", ge=0)
+    overlap: Length = setting(
+        0, "Tokens that consecutive pieces of a split document share, learnt once.", ge=0
+    )
     on_long: Literal["split", "truncate", "drop", "error"] = setting(
         "split", "What to do with documents longer than a chunk; chats are never split."
     )

@@ -157,6 +157,8 @@ def test_an_adapter_on_another_base_is_exit_code_2(
     ]
     assert call(capsys, "train", *words)["exit"] == 0
     other = Path(shutil.copytree(base_folder("builtin"), tmp_path / "other"))
-    said = call(capsys, "chat", "--model", str(other), "--adapter", str(run), "-p", "hi", "--max-new-tokens", "4")
+    said = call(
+        capsys, "chat", "--model", str(other), "--adapter", str(run), "-p", "hi", "--max-new-tokens", "4"
+    )
     assert said["exit"] == 2
     assert "another base" in said["error"]

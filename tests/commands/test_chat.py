@@ -15,6 +15,7 @@ import torch
 
 from longlora_cli.cli import main
 from longlora_cli.commands import chat as command
+from longlora_cli.commands import chat_turns
 from longlora_cli.config import ChatConfig, ModelSection
 from longlora_cli.console import Console, printable
 from longlora_cli.data.chat_template import encode_prompt
@@ -197,7 +198,8 @@ def test_a_given_length_is_the_limit(talkative):
 
 
 def test_too_little_memory_is_refused(talkative, monkeypatch):
-    monkeypatch.setattr(command, "free_bytes", lambda device: 1000)
+    for module in (command, chat_turns):
+        monkeypatch.setattr(module, "free_bytes", lambda device: 1000)
     assert exit_code("-m", talkative, "-p", "hi") == 5
 
 
