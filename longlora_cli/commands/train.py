@@ -14,7 +14,7 @@ from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.errors import Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
+from longlora_cli.errors import DataError, Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
 from longlora_cli.evaluation.during_training import check_eval_data, make_evaluator
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.models import adapter as adapters
@@ -23,7 +23,7 @@ from longlora_cli.models.source import base_folder, fingerprint, resolve
 from longlora_cli.models.tokenizer import load_tokenizer
 from longlora_cli.options import write_recipe
 from longlora_cli.parallel.mesh import Mesh
-from longlora_cli.storage import atomic_folder, folder_lock, sha256_of
+from longlora_cli.storage import atomic_folder, folder_lock, is_artifact, sha256_of
 from longlora_cli.training import checkpoint
 from longlora_cli.training.callbacks import LogLines, StopSignals
 from longlora_cli.training.meter import StepMeter
@@ -48,7 +48,7 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
     check_eval_data(config)
     mesh = Mesh.start(device)
     try:
-        data = ChunkDataset.open_all(config.data)
+        data = _open_data(config.data)
         context_length = _context_length(config, data)
         source = resolve(config.model)
         data.require_tokenizer(load_tokenizer(config.model))
@@ -68,6 +68,19 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
             return _train(config, console, mesh, run_folder, data, context_length)
     finally:
         mesh.stop()
+
+
+def _open_data(folders: list[Path]) -> ChunkDataset:
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder", hint="Make it with longlora prepare.")
+        if not is_artifact(folder, "dataset"):
+            raise DataError(
+                f"{folder} is not prepared data, or not whole",
+                rule="Prepared data has a manifest of kind dataset.",
+                hint="Make it with longlora prepare.",
+            )
+    return ChunkDataset.open_all(folders)
 
 
 def _context_length(config: TrainConfig, data: ChunkDataset) -> int:

@@ -293,6 +293,12 @@ def test_a_dry_run_writes_nothing(command: dict[str, Any], tmp_path: Path) -> No
     assert not (tmp_path / "r").exists()
 
 
-def test_missing_data_is_one_line(command: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises((DataError, Exception), match="nothing"):
-        run({**command, "data": [tmp_path / "nothing"]}, out=tmp_path / "r")
+def test_a_dataset_without_its_manifest_does_not_exist(
+    command: dict[str, Any], tmp_path: Path, tiny_data_folder: Path
+) -> None:
+    import shutil
+
+    data = Path(shutil.copytree(tiny_data_folder, tmp_path / "d"))
+    (data / "manifest.json").unlink()
+    with pytest.raises(DataError, match="is not prepared data, or not whole"):
+        run({**command, "data": [data]}, out=tmp_path / "r")
