@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from longlora_cli.config import TrainConfig
+from longlora_cli.config import AdapterSection, TrainConfig
 from longlora_cli.console import Console
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
@@ -19,7 +19,7 @@ from longlora_cli.evaluation.during_training import check_eval_data, make_evalua
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_device, load_model
-from longlora_cli.models.source import base_folder, fingerprint, resolve
+from longlora_cli.models.source import ModelSource, base_folder, fingerprint, resolve
 from longlora_cli.models.tokenizer import load_tokenizer
 from longlora_cli.options import write_recipe
 from longlora_cli.parallel.mesh import Mesh
@@ -51,7 +51,8 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         data = _open_data(config.data)
         context_length = _context_length(config, data)
         source = resolve(config.model)
-        data.require_tokenizer(load_tokenizer(config.model))
+        _refuse_second_adapter(config, source)
+        data.require_tokenizer(load_tokenizer(source.adapter or source.base))
         facts = {
             "data": [sha256_of(path / "manifest.json") for path in config.data],
             "base": fingerprint(base_folder(source.base)),
@@ -68,6 +69,16 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
             return _train(config, console, mesh, run_folder, data, context_length)
     finally:
         mesh.stop()
+
+
+def _refuse_second_adapter(config: TrainConfig, source: ModelSource) -> None:
+    """Training goes on with an adapter that `--model` brings, so settings of a fresh one would be ignored."""
+    given = [name for name in AdapterSection.model_fields if config.given(name)]
+    if source.adapter is not None and given:
+        raise SettingsError(
+            f"--{given[0].replace('_', '-')} has no effect: {config.model} has an adapter, which is trained on",
+            hint="Leave it out, or merge the adapter first and train a new one on the merged model.",
+        )
 
 
 def _open_data(folders: list[Path]) -> ChunkDataset:

@@ -37,6 +37,8 @@ def load_tokenizer(name_or_folder: str | Path) -> Any:
 
     is_builtin = str(name_or_folder) == "builtin"
     folder = BUILTIN if is_builtin else Path(name_or_folder)
+    if (folder / "adapter" / "tokenizer.json").is_file():
+        folder = folder / "adapter"  # a run keeps its tokenizer with its adapter
     is_folder = is_builtin or folder.is_dir()
     if is_folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         raise DataError(

@@ -302,3 +302,18 @@ def test_a_dataset_without_its_manifest_does_not_exist(
     (data / "manifest.json").unlink()
     with pytest.raises(DataError, match="is not prepared data, or not whole"):
         run({**command, "data": [data]}, out=tmp_path / "r")
+
+
+def test_a_run_can_be_trained_on_with_its_own_adapter_and_positions(
+    command: dict[str, Any], tmp_path: Path
+) -> None:
+    run(command, out=tmp_path / "first", steps=3, rope="theta", rope_theta=5e4)
+    more = {name: value for name, value in command.items() if name != "lora_rank"}
+    more["model"] = str(tmp_path / "first")
+    result = run(more, out=tmp_path / "second", steps=3)
+    assert result["rope"]["parameters"]["rope_theta"] == 5e4
+    first, second = adapter_of(tmp_path / "first"), adapter_of(tmp_path / "second")
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(SettingsError, match="--lora-rank has no effect"):
+        run({**more, "lora_rank": 4}, out=tmp_path / "third", steps=1)
