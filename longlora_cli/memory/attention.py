@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longlora_cli.errors import IncompatibleError
+from longlora_cli.errors import IncompatibleError, SettingsError
 
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -36,13 +36,21 @@ def attention_name(backend: str, device: torch.device) -> str:
     Args:
         backend: `auto`, or a torch backend that is then used for everything.
         device: Where the model computes.
+
+    Raises:
+        SettingsError: A backend that exists on GPUs only, on a CPU.
     """
+    if device.type == "cpu" and backend in ("cudnn", "efficient"):
+        raise SettingsError(
+            f"--attention {backend} needs a GPU", hint="On a CPU, --attention auto, flash or math work."
+        )
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     if backend == "auto":
         backend = "cudnn" if _has_fast_cudnn(device) else "torch"
-    name = f"longlora_{backend}"
+    # transformers takes any name with "flash" in it for a FlashAttention package that must be installed.
+    name = f"longlora_{backend.replace('flash', 'fa')}"
     AttentionInterface.register(name, make_attention(backend))
     # Without a mask function transformers would also pass None; said here on purpose.
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
@@ -119,15 +127,23 @@ def _causal(
         from torch.nn.attention.bias import causal_lower_right
 
         if options.pop("enable_gqa"):  # the bias class does not repeat heads
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+            key, value = _repeated(query, key), _repeated(query, value)
         return sdpa(query, key, value, attn_mask=causal_lower_right(tokens, tokens + past), **options)
     if backend == "cudnn" and query.dtype != torch.float32 and tokens >= _CUDNN_MIN_TOKENS:
         return _causal_cudnn(query, key, value, options)
     if backend in ("torch", "cudnn"):
         return sdpa(query, key, value, is_causal=True, **options)
+    if backend == "efficient" and options.pop(
+        "enable_gqa"
+    ):  # this kernel wants a key head for each query head
+        key, value = _repeated(query, key), _repeated(query, value)
     with sdpa_kernel(_BACKENDS[backend]):
         return sdpa(query, key, value, is_causal=True, **options)
+
+
+def _repeated(query: Tensor, key: Tensor) -> Tensor:
+    """Keys or values with each head as often as query heads share it."""
+    return key.repeat_interleave(query.shape[1] // key.shape[1], 1)
 
 
 def _causal_cudnn(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:

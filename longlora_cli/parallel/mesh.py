@@ -99,5 +99,7 @@ class Mesh:
 
     def stop(self) -> None:
         """Leave the group."""
-        if self.world > 1 and dist.is_initialized():
+        if (
+            dist.is_available() and dist.is_initialized()
+        ):  # Trainer makes one even under a launcher of one process
             dist.destroy_process_group()

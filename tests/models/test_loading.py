@@ -209,3 +209,24 @@ def test_weights_in_pickles_are_not_read(tiny_model_folder: Path, tmp_path: Path
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(NotFoundError, match=r"no \.safetensors"):
         fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize("attention", ["auto", "flash", "math"])
+def test_every_kernel_of_a_cpu_gives_the_same_logits(tiny_model_folder: Path, attention: str) -> None:
+    own = load_model(settings(tiny_model_folder, attention="math"))
+    other = load_model(settings(tiny_model_folder, attention=attention))
+    torch.testing.assert_close(logits(other), logits(own), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "efficient"])
+def test_a_gpus_kernel_on_a_cpu_is_refused(tiny_model_folder: Path, attention: str) -> None:
+    with pytest.raises(SettingsError, match=f"--attention {attention} needs a GPU"):
+        load_model(settings(tiny_model_folder, attention=attention))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["auto", "cudnn", "flash", "efficient", "math"])
+def test_every_kernel_of_a_gpu_loads_and_runs(tiny_model_folder: Path, attention: str) -> None:
+    loaded = load_model(settings(tiny_model_folder, attention=attention, dtype="bf16", device="cuda"))
+    out = loaded.hidden(IDS.to("cuda"), use_cache=False).last_hidden_state
+    assert bool(out.isfinite().all())
