@@ -38,5 +38,5 @@ wheel: $(READY)
 
 docs:
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet 'mkdocs>=1.6' 'mkdocs-material>=9.5'
+	.venv-docs/bin/pip install --quiet 'mkdocs>=1.6,<2' 'mkdocs-material>=9.5'
 	.venv-docs/bin/mkdocs build --strict

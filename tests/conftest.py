@@ -86,3 +86,12 @@ def tiny_data_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder
     hashes = {"tokenizer_sha256": tokenizer_sha256(tokenizer), "template_sha256": template_sha256(tokenizer)}
     ChunkDataset.write(folder, chunks, {**hashes, "max_length": 96})
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct, for tests marked `real_model`; says so when it is missing."""
+    name = os.environ.get("TEST_SMOLLM2")
+    if not name:
+        pytest.fail("this test needs the real model: set TEST_SMOLLM2 to a folder with SmolLM2-135M-Instruct")
+    return Path(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.real_model
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Any:
-    return load_tokenizer(os.environ["TEST_SMOLLM2"])
+def smollm2(smollm2_folder: Path) -> Any:
+    return load_tokenizer(smollm2_folder)
 
 
 def test_smollm2_chats_are_those_of_apply_chat_template_with_the_answers_learnt(smollm2: Any) -> None:

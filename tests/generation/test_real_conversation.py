@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from longlora_cli.config import ModelSection
@@ -14,8 +12,8 @@ from longlora_cli.models.loading import load_model
 pytestmark = pytest.mark.real_model
 
 
-def test_smollm2_answers_and_its_second_turn_runs_only_what_is_new(count_tokens):
-    loaded = load_model(ModelSection(model=os.environ["LONGLORA_TEST_SMOLLM2"], device="cpu", dtype="fp32"))
+def test_smollm2_answers_and_its_second_turn_runs_only_what_is_new(smollm2_folder, count_tokens):
+    loaded = load_model(ModelSection(model=str(smollm2_folder), device="cpu", dtype="fp32"))
     session, conversation, stops = Session(loaded), Conversation(loaded.tokenizer), stop_ids(loaded)
     first = conversation.ask("What is the capital of France?")
     said = session.answer(first.ids, max_new_tokens=20, stop_ids=stops)
