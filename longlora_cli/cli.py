@@ -73,6 +73,8 @@ def _run(arguments: list[str]) -> int:
     """Run and translate what other libraries raise into our errors; anything else is a bug and keeps its traceback."""
     name = _command_of(arguments)
     if name in COMMANDS:
+        # pydantic looks through every installed package for plugins at import: 19 ms of each help page.
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
         from longlora_cli.options import expand_lists
 
         arguments = expand_lists(name, arguments)

@@ -66,7 +66,8 @@ def setting(default: Any, help: str, *, short: str = "", positional: bool = Fals
 class Section(BaseModel):
     """A frozen group of settings that knows no other keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    # Schemas are built at the first use of a config, not at import: help needs none, and they take 30 ms.
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
     def given(self, name: str) -> bool:
         """True when the user gave this setting, rather than leaving its default."""

@@ -100,6 +100,7 @@ def test_every_public_definition_is_documented() -> None:
     assert bare == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("command", ["", "prepare", "train", "eval", "chat", "merge"])
 def test_help_takes_less_than_300_ms_of_cpu(command: str) -> None:
     def seconds() -> float:
@@ -111,8 +112,8 @@ def test_help_takes_less_than_300_ms_of_cpu(command: str) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # CPU seconds, the best of five: other processes share these cores.
-    assert min(seconds() for _ in range(5)) < 0.3
+    # CPU seconds, the best of nine: on shared cores the same work was seen to take 0.2 to 0.4 s.
+    assert min(seconds() for _ in range(9)) < 0.3
 
 
 def test_help_imports_no_torch() -> None:
