@@ -200,7 +200,8 @@ def test_one_token_alone_has_no_loss() -> None:
     )
     loss, grads = outcome(wrapped, batch([[1]]))
     undo()
-    assert loss == 0 and all(not grad.any() for grad in grads.values())
+    assert loss == 0
+    assert all(not grad.any() for grad in grads.values())
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "up_proj", "o_proj"]])
@@ -242,7 +243,8 @@ def test_undo_restores_the_models_own_code() -> None:
     undo = use_engine(model, lambda tokens: plan((5,)), arena=HostArena(torch.device("cpu"), 1 << 20))
     assert "forward" in vars(model)
     undo()
-    assert "forward" not in vars(model) and "forward" not in vars(model.get_decoder())
+    assert "forward" not in vars(model)
+    assert "forward" not in vars(model.get_decoder())
 
 
 def test_a_step_without_backward_gives_its_memory_back() -> None:
@@ -253,7 +255,8 @@ def test_a_step_without_backward_gives_its_memory_back() -> None:
     held = arena.used_bytes
     del loss
     gc.collect()
-    assert held > 0 and arena.used_bytes == 0
+    assert held > 0
+    assert arena.used_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,8 @@ def test_models_it_would_compute_otherwise_are_refused(changes: dict[str, Any], 
         getattr(transformers, f"{family}Config")(**sizes | changes)
     )
     fault = fused_fault(model)
-    assert fault is not None and reason in fault
+    assert fault is not None
+    assert reason in fault
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_dropout": 0.1}])
