@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -288,3 +291,98 @@ def test_adapters_it_would_compute_otherwise_are_refused(lora: dict[str, Any]) -
 
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES))
     assert fused_fault(get_peft_model(model, LoraConfig(r=2, target_modules=ALL, **lora)).get_base_model())
+
+
+def test_nf4_weights_train_with_the_gradients_of_pefts_own_layers() -> None:
+    import transformers
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    name = attention_name("auto", torch.device("cpu"))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(**sizes), attn_implementation=name
+    )
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for child, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    quantized = Linear4bit(
+                        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32,
+                        compress_statistics=True, quant_type="nf4",
+                    )  # fmt: skip
+                    quantized.load_state_dict({"weight": linear.weight.data})
+                    setattr(parent, child, quantized.to("cpu"))
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=ALL))
+    for parameter_name, parameter in wrapped.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.normal_(0, 0.2)
+    inputs = batch([[20, 10]])
+    loss, grads = plain_outcome(wrapped, inputs)
+    use_engine(
+        wrapped.get_base_model(), lambda tokens: plan((1, 2)), arena=HostArena(torch.device("cpu"), 1 << 24)
+    )
+    found, found_grads = outcome(wrapped, inputs)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    assert found_grads.keys() == grads.keys()
+    for parameter_name, grad in grads.items():
+        scale = float(grad.abs().max())
+        torch.testing.assert_close(found_grads[parameter_name], grad, rtol=0, atol=2e-5 * scale)
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_engine import batch, build, plan
+from longlora_cli.memory.arena import HostArena
+from longlora_cli.memory.engine import use_engine
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+wrapped = build()
+use_engine(wrapped.get_base_model(), lambda tokens: plan((2, 3)), arena=HostArena(torch.device("cpu"), 1 << 24))
+ddp = torch.nn.parallel.DistributedDataParallel(wrapped)
+inputs = batch([[30], [12, 18]])
+mine = {k: v[rank : rank + 1] for k, v in inputs.items()}
+count = inputs["labels"][:, 1:].ne(-100).sum()
+ddp(**mine, use_cache=False, num_items_in_batch=count / 2).loss.backward()  # DDP takes the mean of two
+if rank == 0:
+    from safetensors.torch import save_file
+    save_file({n: p.grad for n, p in wrapped.named_parameters() if p.grad is not None}, sys.argv[2])
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_under_ddp_get_the_gradients_of_one(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    script, out = tmp_path / "rank.py", tmp_path / "grads.safetensors"
+    script.write_text(RANK)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577"]
+    here = str(Path(__file__).parent)
+    subprocess.run([*words, str(script), here, str(out)], check=True, capture_output=True, timeout=300)
+    wrapped = build()
+    use_engine(
+        wrapped.get_base_model(), lambda tokens: plan((2, 3)), arena=HostArena(torch.device("cpu"), 1 << 24)
+    )
+    _, expected = outcome(wrapped, batch([[30], [12, 18]]))
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-10, atol=1e-13)
+
+
+def test_bf16_under_autocast_stays_in_bf16() -> None:
+    wrapped = build(num_hidden_layers=2).to(torch.bfloat16)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for module in wrapped.modules():
+        vars(module).pop("forward", None)
+    use_engine(
+        wrapped.get_base_model(), lambda tokens: plan((2,)), arena=HostArena(torch.device("cpu"), 1 << 24)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, grads = outcome(wrapped, batch([[12]]))
+    assert loss.dtype == torch.float32
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
