@@ -33,8 +33,13 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 _log = logging.getLogger("longlora")
 
 
-def fused_fault(causal_lm: Any) -> str | None:
-    """Why a causal LM must take the generic path; None when the fused one computes what its own code does."""
+def fused_fault(causal_lm: Any, *, adapted: bool = True) -> str | None:
+    """Why a causal LM must take the generic path; None when the fused one computes what its own code does.
+
+    Args:
+        causal_lm: A transformers causal LM; its adapter, if it has one, inside.
+        adapted: Also look at its linear layers, which must be frozen but for LoRA.
+    """
     config = causal_lm.config
     if config.model_type not in _FAMILIES:
         return f"its family is {config.model_type}, not {', '.join(_FAMILIES)}"
@@ -48,7 +53,7 @@ def fused_fault(causal_lm: Any) -> str | None:
         return "its attention has dropout"
     if head_weight(causal_lm) is None:
         return "its head is more than one matrix"
-    for layer in causal_lm.get_decoder().layers:
+    for layer in causal_lm.get_decoder().layers if adapted else ():
         for name, module in layer.named_modules():
             if name.rsplit(".", 1)[-1] in _LINEARS and (fault := fusing_fault(module)):
                 return f"it has {fault}"

@@ -83,6 +83,20 @@ def machine_for(settings: TrainConfig, device: torch.device, processes: int) -> 
     return replace(machine, host_bytes=host, gpu_bytes=gpu, disk_bytes=disk)
 
 
+def outline_fault(model_config: Any, settings: TrainConfig, quantization: str) -> str | None:
+    """`fused_fault` of a model that is not loaded yet, from its config and the adapter it will get."""
+    from transformers import AutoModelForCausalLM
+
+    if quantization == "int8":
+        return "it has Linear8bitLt layers"
+    if settings.adapter == "dora":
+        return "it has LoRA variants such as DoRA"
+    if settings.lora_dropout > 0:
+        return "it has LoRA dropout"
+    with torch.device("meta"):
+        return fused_fault(AutoModelForCausalLM.from_config(model_config), adapted=False)
+
+
 @dataclass(frozen=True)
 class Planner:
     """Plans for batches of one training.
