@@ -51,8 +51,10 @@ class ModelSection(Section):
         "Base weights: NF4 (4-bit), int8 or none; auto: as a run was trained, NF4 to train above 1B parameters.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute; auto: a GPU if there is one.")
-    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = setting(
-        "auto", "Attention kernel; auto: cuDNN on Hopper and newer, else torch's choice."
+    attention: Literal["auto", "fa4", "cudnn", "flash", "efficient", "torch", "math"] = setting(
+        "auto",
+        "Attention kernel; auto: FlashAttention-4 (extra fa4) or cuDNN on Hopper and newer by document length, "
+        "else the GPU's or CPU's best.",
     )
 
 
