@@ -145,7 +145,7 @@ class FusedEngine:
         lengths = [n for row in documents for n in row] if documents else [tokens] * batch
         plan = self.plan_for(batch * tokens)
         x: Tensor = self.embedding(input_ids).reshape(batch * tokens, -1).to(self.dtype)
-        passage = self.passage(x, positions.expand(batch, tokens), [n for n in lengths if n], plan)
+        passage = self.passage(x, positions.expand(batch, tokens), lengths, plan)
         if not torch.is_grad_enabled():
             for layer in self.layers:
                 x = _through(layer.load(x.dtype, x.device), x, passage)
