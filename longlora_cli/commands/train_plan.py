@@ -64,8 +64,9 @@ def plan_training(
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     quantization = choose_quantization(config, source, folder, training=True)
     path = choose_path(config, outline_fault(model_config, config, quantization))
-    shape = model_shape(model_config, config, quantization, _ELEMENT_BYTES[choose_dtype(config)])
-    machine = machine_for(config, device, mesh.world)
+    element_bytes = _ELEMENT_BYTES[choose_dtype(config)]
+    shape = model_shape(model_config, config, quantization, element_bytes)
+    machine = machine_for(config, device, mesh.world, element_bytes)
     planner = Planner(config, shape, machine)
     data: ChunkDataset | ShorterChunks = prepared
     if config.max_length == "auto":

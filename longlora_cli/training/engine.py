@@ -15,7 +15,7 @@ from longlora_cli.memory.arena import HostArena
 from longlora_cli.memory.engine import fused_fault, use_engine
 from longlora_cli.memory.generic import use_generic_engine
 from longlora_cli.memory.loss import use_tiled_loss
-from longlora_cli.memory.machine import Machine, disk_bytes_available
+from longlora_cli.memory.machine import CONTEXT_BYTES, Machine
 from longlora_cli.memory.plan import MemoryPlan, ModelShape
 from longlora_cli.memory.planner import longest_context, make_plan
 from longlora_cli.models.loading import LoadedModel
@@ -66,21 +66,29 @@ def model_shape(model_config: Any, settings: TrainConfig, quantization: str, ele
     )
 
 
-def machine_for(settings: TrainConfig, device: torch.device, processes: int) -> Machine:
-    """Memory and rates of this machine, within the user's limits; the host is shared by the processes on it."""
-    machine = Machine.detect(device)
-    host = machine.host_bytes // processes
-    if settings.host_memory is not None:
-        host = min(host, settings.host_memory)
-    gpu = machine.gpu_bytes
+def machine_for(settings: TrainConfig, device: torch.device, processes: int, element_bytes: int) -> Machine:
+    """Memory and rates of this machine, within the user's limits; the processes on it share the host.
+
+    Raises:
+        SettingsError: A limit on a GPU that is not used.
+    """
+    if settings.gpu_memory is not None and device.type != "cuda":
+        raise SettingsError("--gpu-memory has no effect on a CPU", hint="Use --host-memory.")
+    machine = Machine.detect(
+        device,
+        gpu_limit_bytes=settings.gpu_memory,
+        host_limit_bytes=settings.host_memory,
+        disk=settings.disk_offload,
+        element_bytes=element_bytes,
+    )
     if settings.gpu_memory is not None:
-        if device.type != "cuda":
-            raise SettingsError("--gpu-memory has no effect on a CPU", hint="Use --host-memory.")
-        gpu = min(gpu, settings.gpu_memory)
+        # The limit is the card's, so what CUDA takes beside torch's allocator is part of it.
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gpu / total), device)
-    disk = 0 if settings.disk_offload is None else disk_bytes_available(settings.disk_offload) // processes
-    return replace(machine, host_bytes=host, gpu_bytes=gpu, disk_bytes=disk)
+        share = max(settings.gpu_memory - CONTEXT_BYTES, 0) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    return replace(
+        machine, host_bytes=machine.host_bytes // processes, disk_bytes=machine.disk_bytes // processes
+    )
 
 
 def outline_fault(model_config: Any, settings: TrainConfig, quantization: str) -> str | None:
