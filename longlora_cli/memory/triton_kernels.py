@@ -43,13 +43,12 @@ def _rms_norm_backward(
     dh, x, weight, rstd, grad, partial, dh_row, x_row, grad_row, tokens, width, programs,
     SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for step in range(tl.cdiv(tokens - first, programs)):
-        row = (first + step * programs).to(tl.int64)
+    while row < tokens:
         scale = tl.load(rstd + row)
         slope = tl.load(dh + row * dh_row + columns, mask=inside, other=0.0).to(tl.float32)
         x_hat = tl.load(x + row * x_row + columns, mask=inside, other=0.0).to(tl.float32) * scale
@@ -60,8 +59,9 @@ def _rms_norm_backward(
         place = grad + row * grad_row + columns
         added = tl.load(place, mask=inside, other=0.0).to(tl.float32) + (slope - x_hat * mean) * scale
         tl.store(place, added.to(grad.dtype.element_ty), mask=inside)
+        row += programs
     if SUM:
-        tl.store(partial + first.to(tl.int64) * width + columns, total, mask=inside)
+        tl.store(partial + tl.program_id(0).to(tl.int64) * width + columns, total, mask=inside)
 
 
 @triton.jit
@@ -108,14 +108,13 @@ def _head_norm_backward(
     dheads, raw, weight, rstd, partial, d_token, d_head, raw_token, raw_head, tokens, count, width, programs,
     SUM: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0)
+    token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (head < count)[:, None] & (column < width)[None, :]
     factor = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for step in range(tl.cdiv(tokens - first, programs)):
-        token = (first + step * programs).to(tl.int64)
+    while token < tokens:
         scale = tl.load(rstd + token * count + head, mask=head < count, other=0.0)[:, None]
         place = dheads + token * d_token + head[:, None] * d_head + column[None, :]
         slope = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -126,8 +125,9 @@ def _head_norm_backward(
         slope *= factor
         mean = tl.sum(slope * x_hat, axis=1)[:, None] / width
         tl.store(place, ((slope - x_hat * mean) * scale).to(dheads.dtype.element_ty), mask=inside)
+        token += programs
     if SUM:
-        row = (first * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        row = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
         tl.store(partial + row * width + column, total, mask=column < width)
 
 
