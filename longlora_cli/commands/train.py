@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import ExitStack
 from functools import partial
@@ -39,6 +40,8 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         NumericError: A loss or gradient is not finite.
         Interrupted, Terminated: Asked to stop; the state was saved.
     """
+    # Chunks of many lengths fragment torch's fixed blocks; these grow and shrink. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = choose_device(config.device)
     if config.optimizer.startswith("paged") and device.type == "cpu":
         raise SettingsError(

@@ -234,7 +234,7 @@ def _backward_group(step: _Step, group: range, grad: Tensor, sums: GradientSums)
         y, _ = layer.finish(x, attended, step.passage)
         inner[index].attention = _save_pair(step, attended, lse, plan.inner_attention)
         x = y
-        del attended, lse, qkv, y
+        del attended, lse, qkv, y, layer  # its matrices too: two layers' would take 0.8 GiB of an 8B model
     for index in reversed(group):
         layer = step.engine.layers[index].load(grad.dtype, grad.device)
         if index in inner:
@@ -249,6 +249,7 @@ def _backward_group(step: _Step, group: range, grad: Tensor, sums: GradientSums)
         found = [x, attended, lse, qkv]
         del x, attended, lse, qkv  # the layer's backward frees each where it is used last
         _backward_layer(step, index, layer, found, grad, sums)
+        del layer
 
 
 def _length_before(step: _Step, group: range) -> int:
