@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longlora_cli.memory.attention_documents import Gradients, PerDocument, repeat_heads, sum_heads
 
+_ATEN = torch.ops.aten
 # cuDNN builds a plan for every new shape (tens of milliseconds); documents are padded at their end to a multiple of
 # this, which a causal mask makes harmless, so that a 32K context needs at most 64 plans.
 CUDNN_BUCKET = 512
@@ -42,7 +43,7 @@ class CudnnKernel(PerDocument):
     def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         tokens = q.shape[2]
         query, key, value = (_padded(t, CUDNN_BUCKET) for t in (q, k, v))
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+        out, lse, *_ = _ATEN._scaled_dot_product_cudnn_attention.default(
             query, key, value, None, True, 0.0, True, False, scale=scale
         )
         # [count, heads, tokens, 1] or, in other versions, without the last dimension.
@@ -61,7 +62,7 @@ class CudnnKernel(PerDocument):
         # Random state of the dropout that is not used; on Blackwell the operator converts it, so it must exist.
         random = torch.zeros((), dtype=torch.int64, device=q.device)
         padded_tokens = query.shape[2]
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
+        dq, dk, dv = _ATEN._scaled_dot_product_cudnn_attention_backward.default(
             grad, query, key, value, out, lse, random, random, None, None, None,
             padded_tokens, padded_tokens, 0.0, True, scale=scale,
         )  # fmt: skip
@@ -72,7 +73,7 @@ class CudnnKernel(PerDocument):
 def _cudnn_lse_dimensions(device: torch.device) -> int:
     """How many dimensions this PyTorch's cuDNN log-sum-exp has: asked of a forward pass of one small block."""
     block = torch.zeros(1, 1, 128, 64, dtype=torch.float16, device=device)
-    result = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+    result = _ATEN._scaled_dot_product_cudnn_attention.default(
         block, block, block, None, True, 0.0, True, False, scale=1.0
     )
     return int(result[1].dim())
@@ -96,7 +97,7 @@ class FlashKernel:
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionKernel.forward`."""
         starts, longest = document_starts(tuple(lengths), q.device), max(lengths)
-        out, lse, *_ = torch.ops.aten._flash_attention_forward.default(
+        out, lse, *_ = _ATEN._flash_attention_forward.default(
             q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
         )
         return out, lse
@@ -118,7 +119,7 @@ class FlashKernel:
         starts, longest = document_starts(tuple(lengths), q.device), max(lengths)
         # Random state of the dropout that is not used.
         random, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward.default(
+        dq, dk, dv = _ATEN._flash_attention_backward.default(
             grad, q, k, v, out, lse, starts, starts, longest, longest, 0.0, True, random, unused, scale=scale
         )
         return dq, dk, dv
@@ -135,7 +136,7 @@ class EfficientKernel(PerDocument):
     def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         times = q.shape[1] // k.shape[1]
         query, key, value = (t.transpose(1, 2) for t in (q, repeat_heads(k, times), repeat_heads(v, times)))
-        out, lse, *_ = torch.ops.aten._efficient_attention_forward.default(
+        out, lse, *_ = _ATEN._efficient_attention_forward.default(
             query, key, value, None, None, None, None, None, 0.0, _EFFICIENT_CAUSAL, True, scale=scale
         )
         return out.transpose(1, 2), lse[:, :, : q.shape[2]]
@@ -150,7 +151,7 @@ class EfficientKernel(PerDocument):
         # The forward pass fills the rest of a row with infinity, which makes its probabilities zero.
         lse = nn.functional.pad(lse, (0, -tokens % _EFFICIENT_LSE_ROW), value=float("inf")).contiguous()
         random = torch.zeros((), dtype=torch.int64, device=q.device)
-        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward.default(
+        dq, dk, dv, _ = _ATEN._efficient_attention_backward.default(
             grad, query, key, value, None, out.contiguous(), None, None, tokens, tokens, lse,
             0.0, random, random, _EFFICIENT_CAUSAL, False, scale=scale,
         )  # fmt: skip

@@ -8,6 +8,7 @@ keeps them between processes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -44,7 +45,11 @@ def fa4_problem(device: torch.device) -> str | None:
 def load_fa4() -> tuple[ModuleType | None, str]:
     """The package's module with its forward and backward functions, or None and why it does not load."""
     try:
-        return import_module("flash_attn.cute.interface"), ""
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # a compiler's notes about itself, which no user of ours can act on
+            return import_module("flash_attn.cute.interface"), ""
     except Exception as error:  # noqa: BLE001 - a compiler stack: what it raises when it does not fit is not ours to list
         return None, f"FlashAttention-4 does not load: {type(error).__name__}: {error}"
 

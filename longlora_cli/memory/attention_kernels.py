@@ -109,7 +109,8 @@ def _span(start: int, most: int, end: int) -> slice:
 
 def _operand(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy when its last element lies further away than kernels can count."""
-    return tensor.contiguous() if tensor.shape[0] * tensor.stride(0) > _MAX_ELEMENTS else tensor
+    extent = max(size * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.contiguous() if extent > _MAX_ELEMENTS else tensor
 
 
 def attend_forward(
