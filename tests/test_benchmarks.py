@@ -65,7 +65,7 @@ def test_lines_of_another_stack_become_rows_and_the_last_before_out_of_memory_is
     load: Any, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    steps = [dict(impl="hf", seq=n, s=1.0, tok_s=n // 10, peak_gib=n / 1000, loss=12.0) for n in (1000, 2000)]
+    steps = [{"impl": "hf", "seq": n, "tok_s": n // 10, "peak_gib": n / 1000} for n in (1000, 2000)]
     log.write_text(
         "loaded\n"
         + "\n".join(json.dumps(s) for s in steps)
