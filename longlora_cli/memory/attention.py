@@ -1,9 +1,10 @@
-"""Causal attention for packed documents and for growing caches, registered with transformers by name.
+"""Attention of Hugging Face models through the memory engine's seam, registered with transformers by name.
 
 transformers hands every decoder's attention to a function registered under the name the model was loaded with
 (`AttentionInterface`), so no class is patched. The functions here never need an attention mask: documents are told
-apart by their lengths, and padding is a document of its own that nothing looks at. The plain twin is
-`plain_attention`, a full softmax over an explicit mask.
+apart by their lengths, and padding is a document of its own that nothing looks at. Calls without a cached past, a
+window or dropout - training and the first part of a prompt - go through `attention_kernels.attend`; the others
+through `scaled_dot_product_attention`. The plain twin is `plain_attention`, a full softmax over an explicit mask.
 """
 
 from __future__ import annotations
@@ -13,57 +14,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longlora_cli.errors import IncompatibleError, SettingsError
+from longlora_cli.errors import IncompatibleError
+from longlora_cli.memory.attention_kernels import AttentionKernel, attend, choose_kernel, refuse_backend
 
-_BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
-# cuDNN builds a plan for every new shape (tens of milliseconds); documents are padded at their end to a multiple of
-# this, which a causal mask makes harmless, so that a 32K context needs at most 64 plans.
-_CUDNN_BUCKET = 512
-# Below this, torch's own kernels are as fast as cuDNN's and need no plan.
-_CUDNN_MIN_TOKENS = 2048
+Kernels = dict[tuple[torch.device, torch.dtype, int], AttentionKernel]
 
 
 def attention_name(backend: str, device: torch.device) -> str:
     """Register the attention function of a backend and return its name for `attn_implementation`.
 
     Args:
-        backend: `auto`, or a torch backend that is then used for everything.
+        backend: One of `attention_kernels.BACKENDS`.
         device: Where the model computes.
 
     Raises:
-        SettingsError: A backend that exists on GPUs only, on a CPU.
+        SettingsError: A backend that is unknown or that this device does not have.
     """
-    if device.type == "cpu" and backend in ("cudnn", "efficient"):
-        raise SettingsError(
-            f"--attention {backend} needs a GPU", hint="On a CPU, --attention auto, flash or math work."
-        )
+    refuse_backend(backend, device)
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    if backend == "auto":
-        backend = "cudnn" if _has_fast_cudnn(device) else "torch"
     # transformers takes any name with "flash" in it for a FlashAttention package that must be installed.
-    name = f"longlora_{backend.replace('flash', 'fa')}"
+    name = f"longlora_{backend.replace('flash', 'fa2')}"
     AttentionInterface.register(name, make_attention(backend))
     # Without a mask function transformers would also pass None; said here on purpose.
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     return name
 
 
-def _has_fast_cudnn(device: torch.device) -> bool:
-    # Compute capability 9 is Hopper: cuDNN forward 1.6-1.9x torch's flash kernel there.
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
-    """The function transformers calls for each layer; `backend` is `torch` (its own choice) or a key of `_BACKENDS`."""
+    """The function transformers calls for each layer, over the kernels of `backend`.
+
+    Any keyword given to `model(...)` arrives here, among them `document_lengths` (for each row of the batch its
+    documents' tokens), `kv_heads_per_call` and `shifted_group` (see `attention_kernels.attend_forward`).
+    """
+    kernels: Kernels = {}
 
     def attention(
         module: nn.Module,
@@ -77,44 +63,89 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         document_lengths: list[list[int]] | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        kv_heads_per_call: int = 0,
+        shifted_group: int = 0,
         **ignored: Any,
     ) -> tuple[Tensor, None]:
         if softcap is not None:
             raise IncompatibleError("attention with a soft cap on its scores is not supported")
         tokens, past = query.shape[2], key.shape[2] - query.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
-        if document_lengths is None:
-            out = _causal(query, key, value, past, scaling, dropout, window, backend)
-            return out.transpose(1, 2), None
-        out = query.new_empty(query.shape[0], tokens, query.shape[1], value.shape[3])
-        for row, lengths in enumerate(document_lengths):
+        for lengths in document_lengths or ():
             if sum(lengths) != tokens or past:
                 raise IncompatibleError(f"documents of {sum(lengths)} tokens in a row of {tokens}")
-            start = 0
-            for length in lengths:
-                part = (slice(row, row + 1), slice(None), slice(start, start + length))
-                piece = _causal(query[part], key[part], value[part], 0, scaling, dropout, window, backend)
-                out[row : row + 1, start : start + length] = piece.transpose(1, 2)
-                start += length
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        if past or window is not None or dropout or value.shape[3] != query.shape[3]:
+            if shifted_group:
+                raise IncompatibleError(
+                    "shifted attention works without a cached past, a sliding window and dropout"
+                )
+            return _by_row(query, key, value, document_lengths, scale, dropout, window), None
+        kernel = _kernel(kernels, backend, query)
+        out = _packed(query, key, value, document_lengths, scale, kernel, kv_heads_per_call, shifted_group)
         return out, None
 
     return attention
 
 
-def _causal(
+def _kernel(kernels: Kernels, backend: str, query: Tensor) -> AttentionKernel:
+    kind = query.device, query.dtype, query.shape[3]
+    if kind not in kernels:
+        kernels[kind] = choose_kernel(backend, *kind)
+    return kernels[kind]
+
+
+def _packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    past: int,
-    scaling: float | None,
+    document_lengths: list[list[int]] | None,
+    scale: float,
+    kernel: AttentionKernel,
+    kv_heads_per_call: int,
+    shifted_group: int,
+) -> Tensor:
+    """`[batch, heads, tokens, head_dim]` as one packed row of documents; returns `[batch, tokens, heads, head_dim]`."""
+    batch, _, tokens, _ = query.shape
+    lengths = [n for row in document_lengths or [[tokens]] * batch for n in row]
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    out = attend(
+        query, key, value, lengths, scale, kernel,
+        kv_heads_per_call=kv_heads_per_call, shifted_group=shifted_group,
+    )  # fmt: skip
+    return out.unflatten(0, (batch, tokens))
+
+
+def _by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    document_lengths: list[list[int]] | None,
+    scale: float,
     dropout: float,
     window: int | None,
-    backend: str,
+) -> Tensor:
+    """Row by row and document by document through `scaled_dot_product_attention`; returns as `_packed`."""
+    if document_lengths is None:
+        return _causal(query, key, value, scale, dropout, window).transpose(1, 2)
+    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+    for row, lengths in enumerate(document_lengths):
+        start = 0
+        for length in lengths:
+            part = (slice(row, row + 1), slice(None), slice(start, start + length))
+            piece = _causal(query[part], key[part], value[part], scale, dropout, window)
+            out[row : row + 1, start : start + length] = piece.transpose(1, 2)
+            start += length
+    return out
+
+
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None
 ) -> Tensor:
     """One document: `[batch, heads, tokens, width]`; each query sees the past and itself."""
-    tokens = query.shape[2]
+    tokens, past = query.shape[2], key.shape[2] - query.shape[2]
     options: dict[str, Any] = {
-        "scale": scaling,
+        "scale": scale,
         "dropout_p": dropout,
         "enable_gqa": query.shape[1] != key.shape[1],
     }
@@ -127,33 +158,10 @@ def _causal(
         from torch.nn.attention.bias import causal_lower_right
 
         if options.pop("enable_gqa"):  # the bias class does not repeat heads
-            key, value = _repeated(query, key), _repeated(query, value)
+            times = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
         return sdpa(query, key, value, attn_mask=causal_lower_right(tokens, tokens + past), **options)
-    if backend == "cudnn" and query.dtype != torch.float32 and tokens >= _CUDNN_MIN_TOKENS:
-        return _causal_cudnn(query, key, value, options)
-    if backend in ("torch", "cudnn"):
-        return sdpa(query, key, value, is_causal=True, **options)
-    if backend == "efficient" and options.pop(
-        "enable_gqa"
-    ):  # this kernel wants a key head for each query head
-        key, value = _repeated(query, key), _repeated(query, value)
-    with sdpa_kernel(_BACKENDS[backend]):
-        return sdpa(query, key, value, is_causal=True, **options)
-
-
-def _repeated(query: Tensor, key: Tensor) -> Tensor:
-    """Keys or values with each head as often as query heads share it."""
-    return key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-
-
-def _causal_cudnn(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-    tokens = query.shape[2]
-    extra = -tokens % _CUDNN_BUCKET
-    if extra:
-        query, key, value = (nn.functional.pad(t, (0, 0, 0, extra)) for t in (query, key, value))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    return out[:, :, :tokens]
+    return sdpa(query, key, value, is_causal=True, **options)
 
 
 def _window_mask(tokens: int, past: int, window: int, device: torch.device) -> Tensor:

@@ -161,8 +161,8 @@ def load_model(
     facts, own = ModelFacts.of(config), RopeRecord.of(config)
     record = _positions(source, own, rope, context_length, facts)
     record.apply(config)
-    device, dtype = choose_device(section.device), _choose_dtype(section)
-    quantization = _choose_quantization(section, source, folder, training=training)
+    device, dtype = choose_device(section.device), choose_dtype(section)
+    quantization = choose_quantization(section, source, folder, training=training)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -235,7 +235,8 @@ def choose_device(choice: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _choose_dtype(section: ModelSection) -> str:
+def choose_dtype(section: ModelSection) -> str:
+    """`fp32`, `bf16` or `fp16` for these settings on this machine."""
     if section.dtype != "auto":
         return section.dtype
     device = choose_device(section.device)
@@ -244,7 +245,8 @@ def _choose_dtype(section: ModelSection) -> str:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def _choose_quantization(section: ModelSection, source: ModelSource, folder: Path, *, training: bool) -> str:
+def choose_quantization(section: ModelSection, source: ModelSource, folder: Path, *, training: bool) -> str:
+    """`none`, `nf4` or `int8` for these settings and the base in `folder`."""
     if section.quantization != "auto":
         return section.quantization
     if source.record is not None:

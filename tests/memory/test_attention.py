@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from longlora_cli.errors import IncompatibleError
+from longlora_cli.config import ModelSection
+from longlora_cli.errors import IncompatibleError, SettingsError
+from longlora_cli.memory import attention
 from longlora_cli.memory.attention import make_attention, plain_attention
+from longlora_cli.memory.attention_documents import PlainKernel
+from longlora_cli.memory.attention_kernels import BACKENDS, attend
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -90,8 +94,69 @@ def test_rows_of_a_batch_have_their_own_documents() -> None:
     torch.testing.assert_close(out[1].transpose(0, 1), expected(second), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("backend", ["torch", "math", "auto", "flash"])
+@pytest.mark.parametrize("options", [{}, {"kv_heads_per_call": 1}, {"shifted_group": 4}])
+def test_the_registered_function_equals_the_seam(backend: str, options: dict[str, int]) -> None:
+    tensors = problem(13)
+    out, _ = make_attention(backend)(
+        nn.Module(), *tensors, None, scaling=0.3, document_lengths=[[5, 8]], **options
+    )
+    packed = (t.transpose(1, 2)[0] for t in tensors)
+    wanted = attend(*packed, [5, 8], 0.3, PlainKernel(), **options)
+    torch.testing.assert_close(with_gradients(out[0], tensors), with_gradients(wanted, tensors))
+
+
+def test_dropout_reaches_the_training_calls() -> None:
+    tensors = problem(64)
+    torch.manual_seed(0)
+    first, second = run(tensors, dropout=0.5), run(tensors, dropout=0.5)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(run(tensors, dropout=0.0), expected(tensors), rtol=1e-12, atol=1e-14)
+
+
+def test_a_window_works_on_packed_documents() -> None:
+    query, key, value = problem(10)
+    out = run((query, key, value), document_lengths=[[4, 6]], sliding_window=3)
+    parts = [tuple(t[:, :, a:b] for t in (query, key, value)) for a, b in ((0, 4), (4, 10))]
+    wanted = torch.cat([expected(part, window=3) for part in parts], 1)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("option", [{"sliding_window": 4}, {"dropout": 0.1}])
+def test_shifted_groups_with_what_they_do_not_know_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(IncompatibleError, match="shifted attention works without"):
+        run(problem(10), shifted_group=4, **option)
+
+
+def test_the_default_scale_is_one_over_the_root_of_the_head_width() -> None:
+    tensors = problem(5)
+    out, _ = make_attention("torch")(nn.Module(), *tensors, None)
+    torch.testing.assert_close(out.transpose(1, 2)[0], expected(tensors), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_registered_name_sounds_like_a_package_of_transformers(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "refuse_backend", lambda backend, device: None)
+    name = attention.attention_name(backend, torch.device("cpu"))
+    assert "flash" not in name
+    from transformers import AttentionInterface
+
+    assert name in AttentionInterface().valid_keys()
+
+
+def test_a_gpu_backend_is_refused_on_a_cpu_before_a_model_is_loaded() -> None:
+    with pytest.raises(SettingsError, match="--attention cudnn needs a GPU"):
+        attention.attention_name("cudnn", torch.device("cpu"))
+
+
+def test_every_backend_can_be_asked_for_on_the_command_line() -> None:
+    assert get_args(ModelSection.model_fields["attention"].annotation) == BACKENDS
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["cudnn", "torch"])
+@pytest.mark.parametrize("backend", ["cudnn", "auto"])
 def test_on_a_gpu_the_kernel_is_no_further_from_fp32_than_torchs_plain_path(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = tuple(
