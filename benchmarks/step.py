@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+import transformers
 from results import add_rows
 from step_check import check
 from step_rig import (
@@ -43,12 +44,13 @@ from step_rig import (
     say,
 )
 
-from longlora_cli.config import parse_length
 from longlora_cli.memory.plan import KINDS
 from longlora_cli.models.loading import choose_device
+from longlora_cli.values import parse_length
 
 STEP_CASE = {"llama8b": "llama8b-qlora-step", "smollm2": "smollm2-step"}
 LONGEST_CASE = "llama8b-max-context"
+CHECK_LAYERS = 4  # 32 layers in float32 take 32 GiB before the first activation
 PLACES = {"gpu": "g", "host": "h", "disk": "d", "recompute": "."}
 HEADER = (
     f"{'stack':9} {'tokens':>9} {'s':>8} {'(plan)':>8} {'tok/s':>8} {'peak':>6} {'(plan)':>7} {'resv.':>6} "
@@ -61,7 +63,8 @@ def flop_rates(measured: Measured) -> tuple[float, float]:
     if measured.plan is None:
         return 0.0, 0.0
     predicted = measured.plan.predicted
-    return tuple(f / measured.seconds / 1e12 for f in (predicted.hardware_flops, predicted.model_flops))
+    unit = 1e12 * measured.seconds
+    return predicted.hardware_flops / unit, predicted.model_flops / unit
 
 
 def report(stack: str, m: Measured, peak_tflops: float) -> None:
@@ -117,7 +120,7 @@ def origin(options: argparse.Namespace, command: str) -> dict[str, str]:
 def own_command() -> str:
     """This command line without the names of one machine's files."""
     words = ["MODEL", *sys.argv[2:]]
-    for flag in ("--rows", "--commit", "--machine"):
+    for flag in ("--rows", "--commit", "--machine", "--case"):
         if flag in words:
             place = words.index(flag)
             del words[place : place + 2]
@@ -159,7 +162,7 @@ def variant_of(options: argparse.Namespace) -> str | None:
 def run(options: argparse.Namespace, stack: str, device: torch.device) -> None:
     """All lengths of one stack, each written down as soon as it is known."""
     rig = build(options, stack, device)
-    case = LONGEST_CASE if options.longest else STEP_CASE[options.model_kind]
+    case = options.case or (LONGEST_CASE if options.longest else STEP_CASE[options.model_kind])
     lengths: list[Callable[[], Measured | None]]
     if options.longest:
         lengths = [functools.partial(longest, rig, options.steps)]
@@ -199,11 +202,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--seq", nargs="+", type=parse_length, default=[], metavar="TOKENS")
     add("--stack", nargs="+", choices=("longlora", "hf"), default=["longlora"])
     add("--steps", type=int, help="timed steps a length; default 3, or 1 from 256K on")
-    add("--layers", type=int, default=0, help="cut the model to its first layers")
+    add("--layers", type=int, default=0, help="cut the model to its first layers; 4 with --check")
     add("--kernel", default="auto", help="attention of the engine")
     add("--s2-group", type=parse_length, default=0, help="S2-Attn in groups of this many tokens")
     add("--plan", type=lambda t: dict(map(plan_part, t.split(","))), default={}, metavar="KEY=VALUE,...")
     add("--cap-gb", type=float, default=0.0, help="act as a card of this many 10^9 bytes")
+    add("--case", choices=(*STEP_CASE.values(), LONGEST_CASE), help="of the rows; default: by what is run")
     add("--longest", action="store_true", help="find the longest context that runs")
     add("--check", action="store_true", help="compare loss and gradients with a float32 reference")
     add("--slack", type=float, default=1.05, help="with --check: most that our error may be of the plain one")
@@ -218,6 +222,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--rows needs --commit and --machine")
     if options.peer_log and not (options.rows and options.peer_command):
         parser.error("--peer-log needs --rows and --peer-command")
+    if options.check and not options.layers:
+        options.layers = CHECK_LAYERS
     if options.longest and options.model_kind != "llama8b":
         parser.error("--longest is for llama8b")
     return options
@@ -230,6 +236,8 @@ def main() -> None:
         add_rows(list(peer_rows(options)), options.rows)
         return
     device = choose_device("auto")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if options.make:
         make_llama8b(options.model, device, options.layers)
         release(device)

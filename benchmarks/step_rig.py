@@ -72,7 +72,7 @@ class Rig:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
 
 def _frozen(explicit: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -156,7 +156,7 @@ def shape_of(wrapped: Any, device: torch.device) -> ModelShape:
         weight_bytes=held - 4 * trainable,
         trainable=trainable,
         lora_rank=RANK,
-        optimizer_bytes_per_parameter=2.0,
+        optimizer_bytes_per_parameter=0.0,  # paged: leaves the GPU when it must
     )
 
 

@@ -93,3 +93,53 @@ def test_the_command_of_a_row_names_no_file_of_one_machine(
     words = ["step.py", "/data/l8b", "--seq", "32k", "--rows", "/tmp/r", "--commit", "c", "--machine", "M"]
     monkeypatch.setattr(sys, "argv", words)
     assert load("step").own_command() == "python benchmarks/step.py MODEL --seq 32k"
+
+
+def test_a_context_that_does_not_fit_is_tried_again_with_a_plan_for_less_memory(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longlora_cli.memory.machine import Machine
+
+    module = load("step_rig")
+    tried: list[int] = []
+
+    class Rig:
+        machine = Machine(gpu_bytes=100_000, host_bytes=0)
+
+        def longest(self) -> int:
+            return self.machine.gpu_bytes // 10
+
+    def runs_below_9500(rig: Rig, tokens: int, steps: int | None) -> int | None:
+        tried.append(tokens)
+        return tokens if tokens < 9500 else None
+
+    monkeypatch.setattr(module, "measure_or_none", runs_below_9500)
+    assert module.longest(Rig(), None) == 9409
+    assert tried == [10_000, 9_700, 9_409]
+
+
+def test_a_step_of_the_engine_and_of_the_plain_path_have_one_loss(
+    load: Any, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    step = load("step")
+    rows = tmp_path / "rows"
+    words = [str(tiny_model_folder), "--model-kind", "smollm2", "--seq", "48", "--steps", "1"]
+    words += ["--rows", str(rows), "--commit", "c", "--machine", "M"]
+    options = step.parse(words)
+    losses = []
+    for stack in ("longlora", "hf"):
+        rig = step.build(options, stack, torch.device("cpu"))
+        torch.manual_seed(0)
+        losses.append(rig.step(48))
+        rig.undo()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    step.run(options, "longlora", torch.device("cpu"))
+    assert {r["metric"] for r in load("results").read_rows(rows)} == {
+        "tok_s",
+        "peak_gib",
+        "host_gib",
+        "tflops",
+    }
+    assert "groups of" in capsys.readouterr().out
