@@ -44,6 +44,7 @@ from step_rig import (
     say,
 )
 
+from longlora_cli.memory.machine import CONTEXT_BYTES
 from longlora_cli.memory.plan import KINDS
 from longlora_cli.models.loading import choose_device
 from longlora_cli.values import parse_length
@@ -75,7 +76,7 @@ def report(stack: str, m: Measured, peak_tflops: float) -> None:
         f"{v:.2f}" if v is not None else "-"
         for v in (
             predicted and predicted.seconds,
-            predicted and predicted.peak_gpu_bytes / GIB,
+            predicted and (predicted.peak_gpu_bytes - CONTEXT_BYTES) / GIB,  # torch's part
             predicted and predicted.host_bytes / GIB,
         )
     ]
