@@ -21,6 +21,8 @@ _BLOCK_ELEMENTS = 2048
 _SILU_COLUMNS = 1024
 # Programs that sum a weight gradient, for each multiprocessor; four fill an H100's warp slots at eight warps each.
 _PROGRAMS_PER_SM = 4
+# Multiply and add may become one instruction. Triton 3.9 warns that its default changes; said, it stays the same.
+_OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -171,7 +173,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, rstd: Tensor) -
         with _device_of(x):
             _rms_norm[(tokens,)](
                 x, weight, out, rstd, x.stride(0), out.stride(0), width, eps,
-                BLOCK=block, num_warps=_warps(block),
+                BLOCK=block, num_warps=_warps(block), **_OPTIONS
             )  # fmt: skip
 
 
@@ -188,7 +190,7 @@ def rms_norm_backward(
     with _device_of(x):
         _rms_norm_backward[(programs,)](
             dh, x, weight, rstd, grad, partial, dh.stride(0), x.stride(0), grad.stride(0), tokens, width,
-            programs, SUM=dweight is not None, BLOCK=block, num_warps=_warps(block),
+            programs, SUM=dweight is not None, BLOCK=block, num_warps=_warps(block), **_OPTIONS
         )  # fmt: skip
     if dweight is not None:
         dweight += partial.sum(0)
@@ -204,7 +206,7 @@ def apply_rope(heads: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:
     with _device_of(heads):
         _rope[(tokens, triton.cdiv(count, at_once))](
             heads, cos, sin, heads.stride(0), heads.stride(1), cos.stride(0), sin.stride(0), count,
-            width // 2, BACKWARD=backward, HEADS=at_once, HALF=block, num_warps=4,
+            width // 2, BACKWARD=backward, HEADS=at_once, HALF=block, num_warps=4, **_OPTIONS
         )  # fmt: skip
 
 
@@ -218,7 +220,7 @@ def head_norm(heads: Tensor, weight: Tensor, eps: float, out: Tensor, rstd: Tens
     with _device_of(heads):
         _head_norm[(tokens, triton.cdiv(count, at_once))](
             heads, weight, out, rstd, heads.stride(0), heads.stride(1), out.stride(0), out.stride(1), count,
-            width, eps, HEADS=at_once, BLOCK=block, num_warps=4,
+            width, eps, HEADS=at_once, BLOCK=block, num_warps=4, **_OPTIONS
         )  # fmt: skip
 
 
@@ -238,7 +240,7 @@ def head_norm_backward(
         _head_norm_backward[(programs, pieces)](
             dheads, raw, weight, rstd, partial, dheads.stride(0), dheads.stride(1), raw.stride(0),
             raw.stride(1), tokens, count, width, programs,
-            SUM=dweight is not None, HEADS=at_once, BLOCK=block, num_warps=4,
+            SUM=dweight is not None, HEADS=at_once, BLOCK=block, num_warps=4, **_OPTIONS
         )  # fmt: skip
     if dweight is not None:
         dweight += partial.sum(0)
@@ -250,7 +252,14 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
     if out.numel():
         with _device_of(out):
             _silu_mul[(tokens, triton.cdiv(width, _SILU_COLUMNS))](
-                gate_up, out, gate_up.stride(0), out.stride(0), width, BLOCK=_SILU_COLUMNS, num_warps=4
+                gate_up,
+                out,
+                gate_up.stride(0),
+                out.stride(0),
+                width,
+                BLOCK=_SILU_COLUMNS,
+                num_warps=4,
+                **_OPTIONS,
             )
 
 
@@ -262,7 +271,7 @@ def silu_mul_backward(gate_up: Tensor, dact: Tensor, act: Tensor | None) -> None
         with _device_of(dact):
             _silu_mul_backward[(tokens, triton.cdiv(width, _SILU_COLUMNS))](
                 gate_up, dact, target, gate_up.stride(0), dact.stride(0), target.stride(0), width,
-                ACT=act is not None, BLOCK=_SILU_COLUMNS, num_warps=4,
+                ACT=act is not None, BLOCK=_SILU_COLUMNS, num_warps=4, **_OPTIONS
             )  # fmt: skip
 
 
