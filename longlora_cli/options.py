@@ -49,7 +49,8 @@ def _is_switch(field: FieldInfo) -> bool:
 
 
 def _metavar(field: FieldInfo) -> str:
-    kind, metadata = field.annotation, list(field.metadata)
+    kind: Any = field.annotation
+    metadata = list(field.metadata)
     if get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(a for a in get_args(kind) if a is not type(None))
     if get_origin(kind) is Annotated:

@@ -158,9 +158,8 @@ def _compared(predicted: dict[str, Any], measured: dict[str, Any]) -> list[tuple
     for name, value in measured.items():
         before = predicted.get(name)
         if name.endswith("_bytes"):
-            shown = [f"{v / 2**30:.2f} GiB" if v is not None else "" for v in (before, value)]
-            rows.append((name.removesuffix("_bytes").replace("_", " "), *shown))
+            then, now = (f"{v / 2**30:.2f} GiB" if v is not None else "" for v in (before, value))
         else:
-            shown = [f"{v:.3f}" if v is not None else "" for v in (before, value)]
-            rows.append((name.replace("_", " "), *shown))
+            then, now = (f"{v:.3f}" if v is not None else "" for v in (before, value))
+        rows.append((name.removesuffix("_bytes").replace("_", " "), then, now))
     return rows

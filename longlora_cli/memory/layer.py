@@ -114,9 +114,11 @@ class FusedLayer:
     @property
     def trained(self) -> list[nn.Parameter]:
         """Parameters that want a gradient, each once."""
-        norms = [n for n in (self.norm_in, self.norm_mlp, self.norm_q, self.norm_k) if n is not None]
-        stacks = (self.qkv, self.o, self.gate_up, self.down)
-        return [p for part in (*norms, *stacks) for p in part.trained]
+        norms = (self.norm_in, self.norm_mlp, self.norm_q, self.norm_k)
+        found = [p for norm in norms if norm is not None for p in norm.trained]
+        for stack in (self.qkv, self.o, self.gate_up, self.down):
+            found += stack.trained
+        return found
 
     def load(self, dtype: torch.dtype, device: torch.device) -> LoadedLayer:
         """Dequantize its matrices for one pass."""
@@ -259,7 +261,7 @@ class LoadedLayer:
             return
         raw_q, raw_k, _ = self.split(self.qkv.forward(buffer))
         for grad, raw, norm in ((grad_q, raw_q, norm_q), (grad_k, raw_k, norm_k)):
-            rstd = head_norm(raw.clone(), norm.weight, norm.eps)
+            rstd = head_norm(raw, norm.weight, norm.eps, out=torch.empty_like(raw))
             head_norm_backward(grad, raw, norm.weight, rstd, norm.sum_in(sums))
 
     def _normed(self, stack: LoadedStack, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

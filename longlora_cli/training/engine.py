@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,22 +112,31 @@ class Planner:
         settings: What the user fixed.
         shape: The model.
         machine: The memory there is.
-        documents: Lengths of the documents in the longest chunk.
+        documents: Lengths of the documents in the longest batch.
+        made: Plans made so far, by tokens.
     """
 
     settings: TrainConfig
     shape: ModelShape
     machine: Machine
     documents: tuple[int, ...] = ()
+    made: dict[int, MemoryPlan] = field(default_factory=dict)
 
     def plan(self, tokens: int) -> MemoryPlan:
         """The plan for a batch of this many tokens in all.
 
+        Shorter batches than the longest get the plan of the next of eight sizes an octave: a plan fits whatever is
+        shorter, and making one takes seconds for a model of many layers.
+
         Raises:
             ResourceError: It does not fit.
         """
-        documents = self.documents if sum(self.documents) == tokens else None
-        return self._make(tokens, documents)
+        longest = sum(self.documents)
+        if tokens > longest:
+            return self._make(tokens, None)
+        step = max(1, 2 ** (tokens.bit_length() - 1) // 8)
+        rounded = min(-(-tokens // step) * step, longest)
+        return self._make(rounded, self.documents if rounded == longest else None)
 
     def longest(self) -> int:
         """Tokens of the longest batch that fits."""
@@ -142,7 +150,9 @@ class Planner:
         return {"shifted_group": self.settings.s2_group or 0, "explicit": explicit}
 
     def _make(self, tokens: int, documents: Sequence[int] | None) -> MemoryPlan:
-        return make_plan(self.shape, tokens, self.machine, documents=documents, **self._same)
+        if tokens not in self.made:
+            self.made[tokens] = make_plan(self.shape, tokens, self.machine, documents=documents, **self._same)
+        return self.made[tokens]
 
 
 @dataclass
@@ -203,7 +213,7 @@ def start_engine(loaded: LoadedModel, planner: Planner, longest_tokens: int) -> 
     path = choose_path(settings, fused_fault(model))
     if path == "none":
         return RunningEngine(path, None, None, use_tiled_loss(model, settings.loss_tile))
-    plan_for = functools.lru_cache(maxsize=512)(planner.plan)
+    plan_for = planner.plan
     longest = plan_for(longest_tokens)
     arena = HostArena(
         loaded.device,
@@ -212,8 +222,8 @@ def start_engine(loaded: LoadedModel, planner: Planner, longest_tokens: int) -> 
         disk_bytes=longest.predicted.disk_bytes,
     )
     if path == "fused":
-        undo = use_engine(model, plan_for, arena=arena, kernel=settings.attention)
-        return RunningEngine(path, plan_for, arena, undo)
+        take_off = use_engine(model, plan_for, arena=arena, kernel=settings.attention)
+        return RunningEngine(path, plan_for, arena, take_off)
     undo_loss = use_tiled_loss(model, longest.loss_tile)
     undo_layers = use_generic_engine(model, longest, arena)
 
