@@ -31,9 +31,8 @@ from longlora_cli.memory.token_tiles import is_token_wise, replace_forward, use_
 _log = logging.getLogger("longlora")
 _LAYER_LISTS = ("layers", "h", "blocks", "block")
 _MLPS = ("mlp", "feed_forward", "ffn")
+# bitsandbytes' int8 products, see `_forget_stashed_inputs`.
 _STASHING = ("MatMul8bitLtBackward", "MatMul8bitFpBackward")
-# Longest walk through one layer's graph in search of them; a layer with LoRA on 7 linears has about 150 nodes.
-_MAX_NODES = 5_000
 
 
 class LayerChoice(Protocol):
@@ -192,7 +191,7 @@ class _Engine:
         output = group.forward(now.hidden)
         self.last = weakref.ref(group)
         if wrapped.stashes:
-            _forget_stashed_inputs(first(output))
+            _forget_stashed_inputs(now.hidden, first(output))
         kind, wraps = type(now.members[wrapped.position]), not isinstance(output, Tensor)
         if len(now.members) > 1 and wraps and any(o is not None for o in output[1:]):
             self.open = None
@@ -218,7 +217,7 @@ class _Engine:
 
 
 def _says_tensor(layer: nn.Module) -> bool:
-    """Whether a layer's class says that it returns a tensor; some say a tuple and return a tensor, so no means no word."""
+    """Whether a layer's class says that it returns a tensor; some that do say a tuple, so False says nothing."""
     return inspect.signature(type(layer).forward).return_annotation in (Tensor, "torch.Tensor", "Tensor")
 
 
@@ -285,17 +284,17 @@ def _tile_mlps(
     return count
 
 
-def _forget_stashed_inputs(output: Tensor) -> None:
+def _forget_stashed_inputs(hidden: Tensor, output: Tensor) -> None:
     """Let bitsandbytes' int8 products forget their inputs.
 
     They keep them as plain attributes, where no saved-tensor hook sees them, although backward reads them only to
     train the int8 weight itself: every linear's input would stay in GPU memory.
     """
-    seen: set[Any] = set()
+    seen: set[Any] = {None, hidden.grad_fn}  # behind the group's input, other groups have done it
     nodes: list[Any] = [output.grad_fn]
-    while nodes and len(seen) < _MAX_NODES:
+    while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if type(node).__name__ in _STASHING and not node.needs_input_grad[1]:

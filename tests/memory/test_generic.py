@@ -21,6 +21,7 @@ from longlora_cli.memory.arena import HostArena
 from longlora_cli.memory.attention import attention_name
 from longlora_cli.memory.generic import decoder_and_layers, use_generic_engine
 from longlora_cli.memory.pinned import PAGE_BYTES
+from longlora_cli.memory.recompute import Call, GroupPass
 from longlora_cli.memory.token_tiles import is_token_wise
 
 CPU = torch.device("cpu")
@@ -289,6 +290,53 @@ def test_no_activation_inside_a_layer_outlives_the_forward_pass(group: int, aren
     assert alive_after_forward(model) == []
 
 
+@pytest.mark.parametrize("tile", [0, 5])
+def test_nothing_computed_again_outlives_the_backward_pass(tile: int, arena: HostArena) -> None:
+    model = make()
+    use_generic_engine(model, plan(group=2, tile=tile), arena)
+    loss = model(**batch()).loss
+    made: list[StorageWeakRef] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        tensor = output if isinstance(output, Tensor) else output[0]
+        made.append(StorageWeakRef(tensor.untyped_storage()))
+
+    for layer in model.model.layers:
+        for module in layer.modules():
+            module.register_forward_hook(keep)
+    loss.backward()
+    assert len(made) > 50
+    assert all(storage.expired() for storage in made)
+
+
+def test_what_backward_does_not_need_is_not_kept_when_a_layer_runs_again(arena: HostArena) -> None:
+    unused: list[StorageWeakRef] = []
+    expired: list[bool] = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            assert len(ctx.saved_tensors) == 1  # runs the layer again
+            expired.append(unused[-1].expired())
+            return grad * 2
+
+    def layer(hidden: Tensor) -> Tensor:
+        unused.append(
+            StorageWeakRef(hidden.exp().untyped_storage())
+        )  # exp saves its output, and nothing asks for it
+        return Look.apply(hidden)
+
+    x = torch.ones(3, requires_grad=True)
+    out = GroupPass([Call(layer, (), {})], arena, "host", "host").forward(x * 1)
+    out.sum().backward()
+    assert (len(unused), expired) == (2, [True])
+
+
 @pytest.mark.parametrize(
     ("group", "inner", "pages"),
     [(1, "host", 6), (2, "host", 3), (3, "host", 3), (3, "gpu", 2), (6, "host", 5)],
@@ -352,7 +400,12 @@ def test_an_error_in_the_middle_gives_memory_back_and_the_next_step_is_right(are
     def fail(*_: Any) -> None:
         raise KeyError("on purpose")
 
-    for part in (model.model.layers[0], model.model.layers[3].self_attn, model.model.norm):
+    for part in (
+        model.model.layers[0],
+        model.model.layers[1],
+        model.model.layers[3].self_attn,
+        model.model.norm,
+    ):
         hook = part.register_forward_pre_hook(fail)
         with pytest.raises(KeyError):
             model(**batch())
@@ -426,6 +479,23 @@ def test_tiles_under_autocast_are_within_bfloat16s_rounding(arena: HostArena) ->
     use_generic_engine(model, plan(tile=4), arena)
     for a, w in zip(run(), wanted, strict=True):
         assert (a - w).norm() < 0.01 * w.norm()
+
+
+def test_weights_that_tiles_have_cast_still_get_gradients_in_the_same_autocast(arena: HostArena) -> None:
+    model = make().float()
+    inputs = [batch(rows=1, tokens=6), batch(rows=1, tokens=4)]
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(**inputs[0]).loss.detach()
+            loss = model(**inputs[1]).loss  # no more tokens than a tile
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    wanted = run()
+    use_generic_engine(model, plan(tile=4), arena)
+    torch.testing.assert_close(run(), wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("aux", [False, True])
