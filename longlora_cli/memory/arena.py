@@ -173,8 +173,9 @@ class HostArena:
                 tensor = slot.source
             else:
                 tensor, slot.fetched = slot.fetched, None
-                if isinstance(slot.returned, Future) and isinstance(slot.saved, Future):
+                if isinstance(slot.saved, Future):
                     slot.saved.result()  # first: what a failed write has left reads as zeros
+                if isinstance(slot.returned, Future):
                     slot.returned.result()
                 elif slot.returned is not None:
                     torch.cuda.current_stream(self.device).wait_event(slot.returned)

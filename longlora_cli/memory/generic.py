@@ -13,10 +13,11 @@ returns it alone, or alone in a tuple. `output_hidden_states` shows a group's in
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,15 +25,14 @@ from torch import Tensor, nn
 
 from longlora_cli.errors import IncompatibleError
 from longlora_cli.memory.arena import HostArena
-from longlora_cli.memory.recompute import Ambient, Call, GroupPass, first
+from longlora_cli.memory.recompute import Call, GroupPass, first
 from longlora_cli.memory.token_tiles import is_token_wise, replace_forward, use_tiles
 
 _log = logging.getLogger("longlora")
 _LAYER_LISTS = ("layers", "h", "blocks", "block")
 _MLPS = ("mlp", "feed_forward", "ffn")
+# bitsandbytes' int8 products, see `_forget_stashed_inputs`.
 _STASHING = ("MatMul8bitLtBackward", "MatMul8bitFpBackward")
-# Longest walk through one layer's graph in search of them; a layer with LoRA on 7 linears has about 150 nodes.
-_MAX_NODES = 5_000
 
 
 class LayerChoice(Protocol):
@@ -139,12 +139,15 @@ def _groups(plan: Plan, count: int) -> list[range]:
     return [range(a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
 
+@dataclass
 class _Open:
-    """A group whose layers are being called: what they were given so far."""
+    """A group whose layers are being called: what they were given, as far as they have not run."""
 
-    def __init__(self, members: list[nn.Module], hidden: Tensor) -> None:
-        self.members, self.hidden = members, hidden
-        self.calls: list[Call] = []
+    members: list[nn.Module]
+    hidden: Tensor
+    place: str
+    next: int = 0
+    calls: list[Call] = field(default_factory=list)
 
 
 class _Engine:
@@ -154,7 +157,7 @@ class _Engine:
         self.plan, self.arena = plan, arena
         self.open: _Open | None = None
         self.last: weakref.ref[GroupPass] | None = None
-        self.in_tuple: dict[type, bool] = {}
+        self.in_tuple: dict[type, bool | None] = {}
         self.warned = False
 
     def step(self, wrapped: _Wrapped, hidden: Tensor, call: Call) -> Any:
@@ -165,27 +168,37 @@ class _Engine:
             self.open = self.last = None
         if position == 0:
             self.finish(layer)
-            self.open = _Open(members, hidden)
-        now = self.open
-        if (
-            now is None
-            or now.members is not members
-            or len(now.calls) != position
-            or hidden is not now.hidden
-        ):
-            self.open = None
+            self.open = _Open(members, hidden, wrapped.place)
+        now, self.open = self.open, None
+        if now is None or now.members is not members or now.next != position or hidden is not now.hidden:
             raise _unfit(layer, "something changes the hidden state between a group's layers, or skips one")
         now.calls.append(call)
+        now.next += 1
         if position < len(members) - 1:
-            return (hidden,) if self._returns_tuple(layer, hidden, call) else hidden
-        self.open = None
-        _check_whole(members)
-        group = GroupPass(now.calls, self.arena, wrapped.place, self.plan.inner_input, self.last)
-        output = group.forward(hidden)
+            self.open = now
+            wraps = self.in_tuple.setdefault(type(layer), None if not _says_tensor(layer) else False)
+            if wraps is not None:
+                return (hidden,) if wraps else hidden
+        output = self._run(now, wrapped)
+        # The first layer of a kind that does not say what it returns comes here before its group is whole, once. The
+        # rest is a group of its own then, so that the first pass keeps one state more than the plan.
+        now.hidden, now.calls, now.place = first(output), [], self.plan.inner_input
+        return output
+
+    def _run(self, now: _Open, wrapped: _Wrapped) -> Any:
+        _check_whole(now.members)
+        group = GroupPass(now.calls, self.arena, now.place, self.plan.inner_input, self.last)
+        output = group.forward(now.hidden)
         self.last = weakref.ref(group)
         if wrapped.stashes:
-            _forget_stashed_inputs(first(output))
-        self._learn(layer, output, len(members))
+            _forget_stashed_inputs(now.hidden, first(output))
+        kind, wraps = type(now.members[wrapped.position]), not isinstance(output, Tensor)
+        if len(now.members) > 1 and wraps and any(o is not None for o in output[1:]):
+            self.open = None
+            raise _unfit(now.members[0], "its layers return more than the hidden state")
+        if self.in_tuple.get(kind) not in (None, wraps):
+            raise _unfit(now.members[0], "its layers return sometimes a tuple and sometimes a tensor")
+        self.in_tuple[kind] = wraps
         return output
 
     def finish(self, layer: nn.Module) -> None:
@@ -202,17 +215,10 @@ class _Engine:
                 "a cache was handed to the layers in training: activations are kept; pass use_cache=False"
             )
 
-    def _returns_tuple(self, layer: nn.Module, hidden: Tensor, call: Call) -> bool:
-        """Whether a layer wraps its hidden state in a tuple; found out once by running it, if none of its kind ran."""
-        if type(layer) not in self.in_tuple:
-            with Ambient.now(hidden.device).again(), torch.no_grad():
-                self._learn(layer, call(hidden), 2)
-        return self.in_tuple[type(layer)]
 
-    def _learn(self, layer: nn.Module, output: Any, group_size: int) -> None:
-        if group_size > 1 and not isinstance(output, Tensor) and any(o is not None for o in output[1:]):
-            raise _unfit(layer, "its layers return more than the hidden state")
-        self.in_tuple[type(layer)] = not isinstance(output, Tensor)
+def _says_tensor(layer: nn.Module) -> bool:
+    """Whether a layer's class says that it returns a tensor; some that do say a tuple, so False says nothing."""
+    return inspect.signature(type(layer).forward).return_annotation in (Tensor, "torch.Tensor", "Tensor")
 
 
 def _unfit(layer: nn.Module, what: str) -> IncompatibleError:
@@ -278,17 +284,17 @@ def _tile_mlps(
     return count
 
 
-def _forget_stashed_inputs(output: Tensor) -> None:
+def _forget_stashed_inputs(hidden: Tensor, output: Tensor) -> None:
     """Let bitsandbytes' int8 products forget their inputs.
 
     They keep them as plain attributes, where no saved-tensor hook sees them, although backward reads them only to
     train the int8 weight itself: every linear's input would stay in GPU memory.
     """
-    seen: set[Any] = set()
+    seen: set[Any] = {None, hidden.grad_fn}  # behind the group's input, other groups have done it
     nodes: list[Any] = [output.grad_fn]
-    while nodes and len(seen) < _MAX_NODES:
+    while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if type(node).__name__ in _STASHING and not node.needs_input_grad[1]:

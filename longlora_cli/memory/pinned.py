@@ -156,9 +156,9 @@ class PinnedRange:
         return memoryview(array)[:size_bytes]
 
     def close(self) -> None:
-        """Unregister and unmap; twice is fine, and in a forked child, which has no such range, nothing happens."""
+        """Unregister and unmap; twice is fine. Not for a forked child, which has no such range."""
         address, self._address = self._address, None
-        if address is None or os.getpid() != self._owner:
+        if address is None:
             return
         for start in self._registrations:
             torch.cuda.cudart().cudaHostUnregister(address + start)

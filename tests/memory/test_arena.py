@@ -301,6 +301,15 @@ def test_a_disk_slot_larger_than_the_buffer_goes_through_it_in_pieces(
         assert all(torch.equal(arena.take(s), t) for s, t in zip(slots, tensors, strict=True))
 
 
+def test_a_slot_that_is_dropped_in_the_middle_of_a_call_ends_with_the_next(arena: HostArena) -> None:
+    slot = arena.save(torch.ones(5))
+    with arena._lock:  # as when garbage collection runs inside a call
+        arena.drop(slot)
+        assert arena.used_bytes == PAGE_BYTES
+    arena.take(arena.save(torch.ones(5)))
+    assert arena.used_bytes == 0
+
+
 LEFT = """
 import os, sys, torch
 from pathlib import Path
