@@ -213,10 +213,10 @@ def test_no_call_has_more_elements_than_kernels_can_index(
 
 
 def test_heads_that_lie_far_apart_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_kernels, "_MAX_ELEMENTS", 13 * 4 * WIDTH - 1)
-    kernel, p = Recorder(), problem(13, 4, 2)
-    heads_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in p[:3]]
-    attend_forward(kernel, *heads_first, [13], SCALE)
+    monkeypatch.setattr(attention_kernels, "_MAX_ELEMENTS", 13 * 4 * WIDTH)
+    kernel, p = Recorder(), problem(13, 4, 4)
+    longer = (torch.cat([t, t]).transpose(0, 1).contiguous().transpose(0, 1) for t in p[:3])
+    attend_forward(kernel, *(t[:13] for t in longer), [13], SCALE)
     assert kernel.contiguous[0]
 
 
