@@ -1,8 +1,8 @@
 """PyTorch's CUDA attention kernels, called below autograd: cuDNN, FlashAttention-2 and memory-efficient attention.
 
-The operators are private to PyTorch but are what `scaled_dot_product_attention` itself dispatches to and what its
-autograd formula calls (`derivatives.yaml`); signatures are the same in 2.9 to 2.13. They are called below autograd
-because only there they take and give log-sum-exp, so that a backward pass needs no second forward pass.
+The operators are private to PyTorch, but they are what `scaled_dot_product_attention` and `varlen_attn` dispatch to and
+what autograd's own formulas call (`derivatives.yaml`), with the same arguments in the same order. They are called below
+autograd because only there they take and give log-sum-exp, so that a backward pass needs no second forward pass.
 """
 
 from __future__ import annotations
