@@ -22,7 +22,13 @@ TITLES = {
     "builtin-4k": "The embedded model: 512 to 4,096",
     "builtin": "The embedded model as shipped",
     "test-tiers": "Tests",
+    "llama8b-qlora-step": "One training step: Llama-3.1-8B's shape, NF4, LoRA on 7 linear layers",
+    "llama8b-max-context": "The longest context that runs: the same model",
+    "smollm2-step": "One training step: SmolLM2-135M, bf16, LoRA on 7 linear layers",
 }
+# Cases that compare stacks: one line a length and stack, one column a metric, in this order.
+SIDE_BY_SIDE = ("llama8b-qlora-step", "llama8b-max-context", "smollm2-step")
+COLUMNS = {"tok_s": "tokens/s", "peak_gib": "GPU GiB", "host_gib": "host GiB", "tflops": "TFLOP/s"}
 
 
 def read_rows(path: Path = ROWS) -> list[dict[str, Any]]:
@@ -68,6 +74,45 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{_number(row['value'])}{interval}"
 
 
+def _stack(row: dict[str, Any]) -> str:
+    return row["stack"] + (f" ({row['variant']})" if row.get("variant") else "")
+
+
+def _length(row: dict[str, Any]) -> str:
+    return f"{row['seq']:,}" if row["seq"] else ""
+
+
+def _one_by_one(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each figure."""
+    lines = ["| metric | length | stack | value | unit | n |", "| --- | ---: | --- | ---: | --- | ---: |"]
+    for row in sorted(rows, key=lambda r: (r["metric"], r["seq"] or 0)):
+        number = f"{row['n']:,}" if "n" in row else ""
+        lines.append(
+            f"| {row['metric']} | {_length(row)} | {_stack(row)} | {_cell(row)} | {row['unit']} | {number} |"
+        )
+    return lines
+
+
+def _side_by_side(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each length and stack, with all of its figures."""
+    found = {row["metric"] for row in rows}
+    metrics = [name for name in COLUMNS if name in found] + sorted(found - set(COLUMNS))
+    lines = [
+        f"| length | stack | {' | '.join(COLUMNS.get(name, name) for name in metrics)} |",
+        f"| ---: | --- |{' ---: |' * len(metrics)}",
+    ]
+    by_place: dict[tuple[int, str], dict[str, str]] = {}
+    for row in sorted(rows, key=lambda r: r["seq"] or 0):
+        by_place.setdefault((row["seq"] or 0, _stack(row)), {"length": _length(row)})[row["metric"]] = _cell(
+            row
+        )
+    for (_, stack), cells in by_place.items():
+        lines.append(
+            f"| {cells['length']} | {stack} | {' | '.join(cells.get(name, '') for name in metrics)} |"
+        )
+    return lines
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """docs/results.md."""
     lines = [
@@ -79,17 +124,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = [row for row in rows if row["case"] == case]
         lines += ["", f"## {TITLES.get(case, case)}", ""]
-        lines += [
-            "| metric | length | stack | value | unit | n |",
-            "| --- | ---: | --- | ---: | --- | ---: |",
-        ]
-        for row in sorted(mine, key=lambda r: (r["metric"], r["seq"] or 0)):
-            stack = row["stack"] + (f" ({row['variant']})" if row.get("variant") else "")
-            length = f"{row['seq']:,}" if row["seq"] else ""
-            number = f"{row['n']:,}" if "n" in row else ""
-            lines.append(
-                f"| {row['metric']} | {length} | {stack} | {_cell(row)} | {row['unit']} | {number} |"
-            )
+        lines += _side_by_side(mine) if case in SIDE_BY_SIDE else _one_by_one(mine)
         origins = dict.fromkeys((r["machine"], r["commit"], r["command"]) for r in mine)
         lines += ["", *(f"- {machine}, commit {commit}: `{command}`" for machine, commit, command in origins)]
         lines += [f"- {note}" for note in dict.fromkeys(r["note"] for r in mine if r.get("note"))]

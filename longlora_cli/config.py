@@ -9,52 +9,12 @@ which a setting would have no effect. Nothing here imports torch, looks at a GPU
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([km]?)", re.IGNORECASE)
-_UNIT = {"": 1, "k": 1024, "m": 1024 * 1024}
-
-
-def parse_length(value: Any) -> Any:
-    """Read a number of tokens: `4096`, `32k` (32,768), `1m` (1,048,576), `1.5k` (1,536).
-
-    Raises:
-        ValueError: The text is not a length, or is not a whole number of tokens.
-    """
-    if not isinstance(value, str):
-        return value
-    match = _LENGTH.fullmatch(value.strip().replace(",", "").replace("_", ""))
-    if match is None:
-        raise ValueError("not a length; write 4096, 32k or 1m")
-    tokens = float(match[1]) * _UNIT[match[2].lower()]
-    if tokens != int(tokens):
-        raise ValueError("not a whole number of tokens")
-    return int(tokens)
-
-
-def split_commas(value: Any) -> Any:
-    """Let a list be given as `a,b`, as well as by repeating values."""
-    if isinstance(value, str):
-        value = [value]
-    if isinstance(value, list | tuple):
-        return [
-            part.strip() if isinstance(part, str) else part
-            for item in value
-            for part in (item.split(",") if isinstance(item, str) else [item])
-        ]
-    return value
-
-
-Length = Annotated[int, BeforeValidator(parse_length)]
-Names = Annotated[list[str], BeforeValidator(split_commas)]
-Numbers = Annotated[list[float], BeforeValidator(split_commas)]
-Lengths = Annotated[list[Length], BeforeValidator(split_commas)]
-Paths = Annotated[list[Path], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
-
+from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Size, parse_length
 
 def setting(default: Any, help: str, *, short: str = "", positional: bool = False, **checks: Any) -> Any:
     """Declare one setting. `default=...` makes it required; `checks` are pydantic's (`ge`, `gt`, `le`, `lt`)."""
@@ -201,16 +161,73 @@ class OptimSection(Section):
         return self
 
 
-class TrainConfig(OptimSection, AdapterSection, RopeSection, ModelSection):
+PLAN_KEYS = (
+    "group",
+    "offload",
+    "keep_attention",
+    "keep_qkv",
+    "keep_gate_up",
+    "tile_tokens",
+    "kv_heads_per_call",
+)
+
+
+class EngineSection(Section):
+    """Where activations wait between forward and backward, and how much memory there is for them."""
+
+    engine: Literal["auto", "fused", "generic", "none"] = setting(
+        "auto", "How layers train: fused (Llama family), generic (any decoder), none (the model's own code)."
+    )
+    plan: Names = setting(
+        ["auto"], f"Memory plan: auto, or fixed parts of it as KEY=VALUE of {', '.join(PLAN_KEYS)}."
+    )
+    s2_group: Length | None = setting(
+        None, "Train with shifted sparse attention (S2-Attn) in groups of this many tokens.", ge=2
+    )
+    gpu_memory: Size | None = setting(None, "Use at most this much GPU memory, such as 24GB.", gt=0)
+    host_memory: Size | None = setting(None, "Use at most this much host memory for activations.", gt=0)
+    disk_offload: Path | None = setting(None, "Folder on a fast disk for activations that fit nowhere else.")
+    loss_tile: Length = setting(4096, "Tokens whose logits exist at one time.", ge=1)
+    probe: bool = setting(False, "With --dry-run: run one longest step and compare it with the plan.")
+
+    def fixed_plan(self) -> dict[str, str | int]:
+        """The parts of the plan that the user fixed; numbers are tokens, layers or heads."""
+        fixed: dict[str, str | int] = {}
+        for item in self.plan:
+            if item != "auto":
+                key, _, value = item.partition("=")
+                fixed[key] = value if key == "offload" else parse_length(value)
+        return fixed
+
+    @model_validator(mode="after")
+    def _plan_is_known(self) -> EngineSection:
+        for item in self.plan:
+            key, equals, value = item.partition("=")
+            if item == "auto":
+                continue
+            if key not in PLAN_KEYS or not equals:
+                raise ValueError(f"--plan {item}: write auto or KEY=VALUE, with KEY of {', '.join(PLAN_KEYS)}")
+            if key == "offload" and value not in ("gpu", "host", "disk"):
+                raise ValueError(f"--plan offload={value}: gpu, host or disk")
+            if key != "offload":
+                try:
+                    parse_length(value)
+                except ValueError as error:
+                    raise ValueError(f"--plan {item}: {error}") from None
+        for name in ("plan", "gpu_memory", "host_memory", "disk_offload", "s2_group"):
+            self.needs(name, self.engine != "none", "--engine none keeps what the model's own code keeps")
+        self.needs("s2_group", self.engine != "generic", "it belongs to --engine fused")
+        return self
+
+
+class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, ModelSection):
     """Train an adapter that reads longer contexts."""
 
     data: Paths = setting(..., "Prepared data, one or more folders.", short="-d")
     out: Path = setting(..., "Run folder; an unfinished run in it is resumed.", short="-o")
-    max_length: Length | None = setting(
-        None, "Context length to train for; default: the longest chunk of the data.", ge=8
+    max_length: LengthOrAuto | None = setting(
+        None, "Context length to train for, or auto: the longest that fits; default: the data's longest chunk."
     )
-    checkpoint_layers: bool = setting(True, "Recompute layers in backward instead of keeping activations.")
-    loss_tile: Length = setting(4096, "Tokens whose logits exist at one time.", ge=1)
     log_every: int = setting(1, "Steps between log lines.", ge=1)
     save_every: int = setting(100, "Steps between checkpoints.", ge=1)
     keep_checkpoints: int = setting(2, "Newest checkpoints kept.", ge=1)
@@ -225,6 +242,8 @@ class TrainConfig(OptimSection, AdapterSection, RopeSection, ModelSection):
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> TrainConfig:
+        if isinstance(self.max_length, int) and self.max_length < 8:
+            raise ValueError(f"--max-length {self.max_length} is below 8")
         for name in ("eval_every", "eval_method", "eval_samples"):
             self.needs(name, self.eval_data is not None, "there is no --eval-data")
         self.needs(

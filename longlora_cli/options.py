@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from longlora_cli import config as configs
+from longlora_cli import values
 from longlora_cli.console import Console, quiet_libraries
 from longlora_cli.errors import DataError, NotFoundError, SettingsError
 
@@ -48,13 +49,15 @@ def _is_switch(field: FieldInfo) -> bool:
 
 
 def _metavar(field: FieldInfo) -> str:
-    kind = field.annotation
+    kind: Any = field.annotation
+    metadata = list(field.metadata)
     if get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(a for a in get_args(kind) if a is not type(None))
     if get_origin(kind) is Annotated:
-        return "LENGTH"
-    if any(getattr(m, "func", None) is configs.parse_length for m in field.metadata):
-        return "LENGTH"
+        metadata += kind.__metadata__
+    for mark in metadata:
+        if (written := values.METAVARS.get(getattr(mark, "func", None))) is not None:
+            return written
     if get_origin(kind) is Literal:
         return "|".join(str(a) for a in get_args(kind))
     if get_origin(kind) is list:

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "longlora_cli"
-FLOOR = {"errors", "config"}
+FLOOR = {"errors", "config", "values"}
 STORED = FLOOR | {"storage", "parallel"}
 MODELS = STORED | {"memory", "models", "data"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
-    "config": {"errors"},
+    "values": set(),
+    "config": {"errors", "values"},
     "storage": FLOOR,
     "console": FLOOR,
     "parallel": FLOOR,

@@ -68,7 +68,7 @@ def test_five_commands_make_a_longer_model_that_plain_transformers_loads(
     by_run = call(capsys, "eval", "--model", "run", *grid, "--out", "by-run")
     assert by_run["tasks"]["needle"]["n"] == 2
     said = call(capsys, "chat", "--model", "run", "-p", "The secret code?", "--max-new-tokens", "8")
-    merged = call(capsys, "merge", "run", "--dtype", "fp32", "--out", "model")
+    merged = call(capsys, "merge", "run", "--out", "model")
     assert merged["exit"] == 0
     same = call(capsys, "chat", "--model", "model", "-p", "The secret code?", "--max-new-tokens", "8")
     assert same["text"] == said["text"]

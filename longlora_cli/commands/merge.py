@@ -15,11 +15,9 @@ from longlora_cli import __version__
 from longlora_cli.config import MergeConfig
 from longlora_cli.console import Console
 from longlora_cli.merging import export, probe
-from longlora_cli.merging.adapters import ADAPTER_FILE
 from longlora_cli.merging.methods import METHODS
 from longlora_cli.merging.mixing import plan_adapter
 from longlora_cli.merging.plan import (
-    DTYPES,
     Ingredient,
     MergePlan,
     check_together,
@@ -27,7 +25,9 @@ from longlora_cli.merging.plan import (
     plan_model,
     read_ingredients,
 )
-from longlora_cli.merging.tensors import MODEL_FILE, write_model
+from longlora_cli.merging.tensors import write_model
+from longlora_cli.models.adapter_tensors import ADAPTER_FILE
+from longlora_cli.models.tensors import DTYPES, MODEL_FILE
 from longlora_cli.storage import atomic_folder, refuse_existing
 
 _METHOD = "linear"

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from longlora_cli.commands.train_plan import PlannedTraining, describe, load_trained, plan_training
 from longlora_cli.config import AdapterSection, TrainConfig
 from longlora_cli.console import Console
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
+from longlora_cli.data.shorter import ShorterChunks
 from longlora_cli.errors import DataError, Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
 from longlora_cli.evaluation.during_training import check_eval_data, make_evaluator
-from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.models import adapter as adapters
-from longlora_cli.models.loading import LoadedModel, choose_device, load_model
+from longlora_cli.models.loading import LoadedModel, choose_device
 from longlora_cli.models.source import ModelSource, base_folder, fingerprint, resolve
 from longlora_cli.models.tokenizer import load_tokenizer
 from longlora_cli.options import write_recipe
@@ -26,6 +26,7 @@ from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.storage import atomic_folder, folder_lock, is_artifact, sha256_of
 from longlora_cli.training import checkpoint
 from longlora_cli.training.callbacks import LogLines, StopSignals
+from longlora_cli.training.engine import start_engine
 from longlora_cli.training.meter import StepMeter
 from longlora_cli.training.run import Run
 from longlora_cli.training.trainer import LongContextTrainer, resumed_step
@@ -39,6 +40,8 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         NumericError: A loss or gradient is not finite.
         Interrupted, Terminated: Asked to stop; the state was saved.
     """
+    # Chunks of many lengths fragment torch's fixed blocks; these grow and shrink. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device = choose_device(config.device)
     if config.optimizer.startswith("paged") and device.type == "cpu":
         raise SettingsError(
@@ -46,19 +49,29 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
             hint="Use --optimizer adamw_8bit.",
         )
     check_eval_data(config)
+    if config.probe and not dry_run:
+        raise SettingsError("--probe has no effect without --dry-run", hint="Add --dry-run, or leave it out.")
     mesh = Mesh.start(device)
     try:
-        data = _open_data(config.data)
-        context_length = _context_length(config, data)
+        prepared = _open_data(config.data)
         source = resolve(config.model)
         _refuse_second_adapter(config, source)
-        data.require_tokenizer(load_tokenizer(source.adapter or source.base))
-        facts = {
+        prepared.require_tokenizer(load_tokenizer(source.adapter or source.base))
+        planned = plan_training(config, prepared, source, device, mesh)
+        data, context_length = planned.data, planned.context_length
+        facts: dict[str, Any] = {
             "data": [sha256_of(path / "manifest.json") for path in config.data],
             "base": fingerprint(base_folder(source.base)),
         }
+        if config.max_length == "auto":
+            facts["context_length"] = context_length
+        if planned.cut_chunks:
+            console.print(
+                f"the longest context that fits is {context_length:,} tokens; {planned.cut_chunks} of "
+                f"{len(prepared)} chunks are longer and are cut there"
+            )
         if dry_run:
-            return _describe(config, data, context_length, console)
+            return describe(config, planned, device, console)
         mesh.from_main(lambda: Run.refuse_strangers(config.out))
         with ExitStack() as stack:
             mesh.from_main(lambda: stack.enter_context(folder_lock(config.out)) or True)
@@ -66,7 +79,7 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
             if mesh.from_main(run_folder.is_finished):
                 console.print(f"{config.out} is finished; nothing to do.")
                 return {"run": str(config.out), "finished": True, **run_folder.state()["result"]}
-            return _train(config, console, mesh, run_folder, data, context_length)
+            return _train(config, console, mesh, run_folder, planned)
     finally:
         mesh.stop()
 
@@ -94,42 +107,18 @@ def _open_data(folders: list[Path]) -> ChunkDataset:
     return ChunkDataset.open_all(folders)
 
 
-def _context_length(config: TrainConfig, data: ChunkDataset) -> int:
-    if config.max_length is not None and config.max_length < data.longest_chunk:
-        raise SettingsError(
-            f"--max-length {config.max_length:,} is below the longest chunk of the data, {data.longest_chunk:,} tokens",
-            hint="Prepare the data with this --max-length, or give a larger one.",
-        )
-    return config.max_length or data.longest_chunk
-
-
-def _describe(
-    config: TrainConfig, data: ChunkDataset, context_length: int, console: Console
-) -> dict[str, Any]:
-    per_step = config.batch_size * config.accumulate
-    steps = config.steps or max(1, round(config.epochs * len(data) / per_step))
-    facts = {
-        "chunks": len(data),
-        "context_length": context_length,
-        "steps": steps,
-        "chunks_per_step": per_step,
-    }
-    console.table("would train", ["", ""], facts.items())
-    return {"dry_run": True, **facts}
-
-
 def _train(
     config: TrainConfig,
     console: Console,
     mesh: Mesh,
     run_folder: Run,
-    data: ChunkDataset,
-    context_length: int,
+    planned: PlannedTraining,
 ) -> dict[str, Any]:
+    context_length = planned.context_length
     newest, faults = mesh.from_main(lambda: checkpoint.newest(config.out))
     for fault in faults:
         console.warn(fault)
-    loaded = _load(config, newest, context_length)
+    loaded = load_trained(config, newest, context_length)
     record = loaded.record(context_length)
     step, total = resumed_step(newest) if newest else (0, 0)
     if newest and mesh.is_main:
@@ -139,7 +128,11 @@ def _train(
         if newest and step >= total:  # the adapter is all that is missing; Trainer would take one step more
             result: dict[str, Any] = {"steps": step}
         else:
-            result = _run_trainer(config, console, mesh, run_folder, data, loaded, record, newest)
+            engine = start_engine(loaded, planned.planner, planned.longest_batch)
+            try:
+                result = _run_trainer(config, console, mesh, run_folder, planned.data, loaded, record, newest)
+            finally:
+                engine.close()
     except LongLoRAError as error:
         if mesh.is_main:
             resumable = not isinstance(error, NumericError)
@@ -164,23 +157,6 @@ def _train(
     return {"run": str(config.out), "finished": True, **result}
 
 
-def _load(config: TrainConfig, newest: Path | None, context_length: int) -> LoadedModel:
-    torch.manual_seed(config.seed)
-    if newest is not None:
-        resumed = config.model_copy(update={"model": str(newest)})
-        loaded = load_model(resumed, None, context_length=context_length, training=True)
-    else:
-        loaded = load_model(config, config, context_length=context_length, training=True)
-        if not loaded.source_has_adapter:
-            loaded.model = adapters.attach(loaded.model, config, quantization=loaded.quantization)
-    if config.checkpoint_layers:
-        enable = getattr(loaded.causal_lm, "activation_checkpointing_enable", None)
-        enable = enable or loaded.causal_lm.gradient_checkpointing_enable  # its name before transformers 5.23
-        enable({"use_reentrant": False})
-    use_tiled_loss(loaded.causal_lm, config.loss_tile)
-    return loaded
-
-
 def _trainable(loaded: LoadedModel) -> int:
     return sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
 
@@ -195,7 +171,7 @@ def _run_trainer(
     console: Console,
     mesh: Mesh,
     run_folder: Run,
-    data: ChunkDataset,
+    data: ChunkDataset | ShorterChunks,
     loaded: LoadedModel,
     record: Any,
     newest: Path | None,

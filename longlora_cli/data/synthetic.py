@@ -19,7 +19,9 @@ from longlora_cli.data.haystack import Haystack, Sentence
 from longlora_cli.data.wordings import Template, Wording, draw_keys, draw_value, templates
 from longlora_cli.errors import DataError
 
-# Training lengths run from this share of the longest one up to it, evenly by their logarithm.
+# Training lengths run from this share of the longest one up to it, each as likely as any other. Spread evenly by their
+# logarithm, chats longer than three quarters of the longest held 29 % of the tokens; now they hold 44 %, and a seventh
+# of the chats is still shorter than a quarter. The far distances between question and fact are what a base lacks.
 _SHORTEST_SHARE = 1 / 8
 # Fitting a chat to its length stops at this share, or after so many renderings.
 _GOOD_ENOUGH = 0.98
@@ -125,7 +127,7 @@ def make_training_chat(
     seed: int,
     index: int,
 ) -> RetrievalChat:
-    """`make_retrieval_chat` of a random length, log-uniform from an eighth of `longest` up to it.
+    """`make_retrieval_chat` of a random length, uniform from an eighth of `longest` up to it.
 
     Where an eighth does not hold the facts, lengths begin at what the facts need.
     """
@@ -135,7 +137,7 @@ def make_training_chat(
     needed = count_tokens(tokenizer, plan.messages([], [], plan.facts(""))) * 21 // 20
     shortest = min(longest, max(int(longest * _SHORTEST_SHARE), needed))
     share = random.Random(f"{key}:length").random()
-    length = round(shortest * (longest / shortest) ** share)
+    length = round(shortest + (longest - shortest) * share)
     return make_retrieval_chat(
         haystack,
         tokenizer,

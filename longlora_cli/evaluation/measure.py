@@ -46,6 +46,7 @@ def model_identity(loaded: LoadedModel) -> dict[str, Any]:
         "base": loaded.source.base,
         "base_fingerprint": fingerprint(base_folder(loaded.source.base)),
         "adapter": None if adapter is None else str(adapter),
+        "adapter_folded": adapter is not None and not loaded.source_has_adapter,
         "adapter_sha256": [sha256_of(path) for path in weights],
         "rope": loaded.rope.to_json(),
         "own_length": loaded.own_length,

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 IGNORE = -100
+# Rows of a head's gradient whose 16-bit product exists at one time: 134 MB at a width of 4,096.
+_HEAD_ROWS = 16_384
 # Outputs a model scales or caps between head and softmax; such models keep their own loss.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -78,20 +80,32 @@ class _TiledLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = (slope @ head).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += slope.T @ x
+                _add_outer(grad_weight, slope, x)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        # In place: the gradients are ours alone, and a second copy of a head's is 2 GiB at 128,256 x 4,096 in float32.
+        # A second backward through the same graph is refused by autograd, which sees that they changed.
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None if grad_hidden is None else grad_hidden.mul_(grad.to(grad_hidden.dtype)),
+            None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype),
             None,
             None,
         )
+
+
+def _add_outer(total: Tensor, slope: Tensor, x: Tensor) -> None:
+    """`total += slope.T @ x` in place, `[vocabulary, width]`, without a product of that size beside it."""
+    if total.dtype == slope.dtype:
+        total.addmm_(slope.T, x)
+        return
+    # 16-bit products are added to a float32 sum, which no one kernel does: a few rows of the vocabulary at a time.
+    for rows, part in zip(total.split(_HEAD_ROWS), slope.split(_HEAD_ROWS, dim=1), strict=True):
+        rows += part.T @ x
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

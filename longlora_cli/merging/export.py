@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from longlora_cli.errors import IncompatibleError, IntegrityError, ResourceError
-from longlora_cli.merging.adapters import ADAPTER_CONFIG
-from longlora_cli.merging.plan import DTYPES, Ingredient, MergePlan
+from longlora_cli.merging.plan import Ingredient, MergePlan
+from longlora_cli.models.adapter_tensors import ADAPTER_CONFIG
 from longlora_cli.models.rope import RopeRecord
 from longlora_cli.models.source import RECORD
+from longlora_cli.models.tensors import DTYPES
 from longlora_cli.storage import MANIFEST, is_artifact, read_manifest, sha256_of
 
 MIX_RECORD = "merge.json"

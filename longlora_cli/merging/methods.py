@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longlora_cli.merging.tensors import Rows
+from longlora_cli.models.tensors import Rows
 
 
 @dataclass(frozen=True)

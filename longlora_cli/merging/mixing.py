@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from longlora_cli.errors import IncompatibleError
-from longlora_cli.merging.adapters import ADAPTER_CONFIG, Adapter
 from longlora_cli.merging.methods import METHODS
 from longlora_cli.merging.plan import Ingredient, MergePlan
 from longlora_cli.merging.quantized import ORIGINAL
-from longlora_cli.merging.tensors import OutputTensor, Rows, SharedRows, StoredTensor
+from longlora_cli.merging.tensors import OutputTensor
+from longlora_cli.models.adapter_tensors import ADAPTER_CONFIG, Adapter
 from longlora_cli.models.source import AdapterRecord
+from longlora_cli.models.tensors import Rows, SharedRows, StoredTensor
 
 _PREFIX = "base_model.model."
 _ENDINGS = {

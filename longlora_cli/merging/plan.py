@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longlora_cli.errors import IncompatibleError, SettingsError
-from longlora_cli.merging.adapters import Adapter, open_adapter, refuse_changed_copies
-from longlora_cli.merging.layout import Layout, layout_of
 from longlora_cli.merging.methods import Method
 from longlora_cli.merging.quantized import ORIGINAL, Seen, quantized_rows
-from longlora_cli.merging.tensors import (
-    OutputTensor,
+from longlora_cli.merging.tensors import OutputTensor
+from longlora_cli.models.adapter_tensors import Adapter, open_adapter, stays_tied, trained_dtype
+from longlora_cli.models.layout import Layout, open_base
+from longlora_cli.models.rope import RopeRecord
+from longlora_cli.models.source import AdapterRecord, base_folder, fingerprint, resolve
+from longlora_cli.models.tensors import (
+    DTYPES,
     Rows,
     SharedRows,
     StoredRows,
     StoredTensor,
     TensorFolder,
-    blocks,
-    matrix_shape,
-    open_folder,
+    same_values,
 )
-from longlora_cli.models.rope import RopeRecord
-from longlora_cli.models.source import AdapterRecord, base_folder, fingerprint, resolve
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Old Llama checkpoints store the rotary frequencies. They are computed from the config, and a stale copy would be the
 # base's positions in a model that was trained with others.
 _COMPUTED = ".rotary_emb.inv_freq"
@@ -58,8 +54,7 @@ class Base:
 
     def stored(self, name: str) -> StoredTensor:
         """A tensor, or for a tied head the embedding."""
-        tied_head = self.layout.tied and name == self.layout.head
-        return self.files.tensors[self.layout.embedding if tied_head else name]
+        return self.layout.stored(self.files, name)
 
     def rows(self, name: str, seen: Seen) -> Rows:
         """A tensor as the run saw it."""
@@ -90,15 +85,13 @@ class Ingredient:
     @property
     def tied(self) -> bool:
         """Its head equals its embedding."""
-        layout = self.base.layout
-        return layout.tied and (self.adapter is None or self.adapter.keeps_tie(layout))
+        return stays_tied(self.base.layout, self.adapter)
 
     def rows(self, name: str, base: Rows) -> Rows:
         """One tensor of this source, given its base's rows."""
         if self.adapter is None:
             return base
-        trained_in = DTYPES[self.record.dtype] if self.record else self.base.stored(name).dtype
-        return self.adapter.rows(name, base, trained_in)
+        return self.adapter.rows(name, base, trained_dtype(self.record, self.base.stored(name)))
 
 
 @dataclass(frozen=True)
@@ -174,12 +167,7 @@ def _read(name: str, model: str | None, bases: dict[Path, Base]) -> Ingredient:
     base_name = model if model is not None and source.adapter is not None else source.base
     folder = base_folder(base_name).resolve()
     if folder not in bases:
-        config, layout = layout_of(folder)
-        files = open_folder(folder)
-        if layout.tied and layout.head in files.tensors:
-            # transformers trusts the tensors: a stored head that differs from the embedding is not tied to it.
-            same = _equal(files.tensors[layout.head], files.tensors[layout.embedding])
-            layout = replace(layout, tied=same)
+        config, layout, files = open_base(folder)
         bases[folder] = Base(base_name, folder, files, config, layout)
     base = bases[folder]
     record = source.record
@@ -187,11 +175,7 @@ def _read(name: str, model: str | None, bases: dict[Path, Base]) -> Ingredient:
         return Ingredient(name, base, None, None, _positions(base.config))
     if record is not None:
         _refuse_other_base(name, record, base, asked=model is not None)
-    adapter = open_adapter(source.adapter, base.layout)
-    refuse_changed_copies(adapter, base.files)
-    for tensor in [*adapter.whole, *(f"{module}.weight" for module in adapter.factors)]:
-        if tensor not in base.files.tensors and not (base.layout.tied and tensor == base.layout.head):
-            raise IncompatibleError(f"{folder} stores no tensor {tensor}, which {source.adapter} changes")
+    adapter = open_adapter(source.adapter, base.layout, base.files)
     rope = RopeRecord.from_json(record.rope) if record else _positions(base.config)
     return Ingredient(name, base, adapter, record, rope)
 
@@ -265,14 +249,8 @@ def _same_tensors(first: Ingredient, other: Ingredient, *, any_dtype: bool) -> N
                 rule="Mixed models have equal names, shapes and dtypes.",
                 hint="--dtype converts models of different dtypes." if mine.shape == its.shape else None,
             )
-        if not mine.dtype.is_floating_point and not _equal(mine, its):
+        if not mine.dtype.is_floating_point and not same_values(mine, its):
             raise IncompatibleError(f"the integers of {name} differ in {first.name} and {other.name}")
-
-
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return all(torch.equal(one.read(*b), other.read(*b)) for b in blocks(matrix_shape(one.shape)))
 
 
 def _describe(tensor: StoredTensor) -> str:

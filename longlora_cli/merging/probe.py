@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from longlora_cli.errors import IncompatibleError, IntegrityError
-from longlora_cli.merging.layout import Layout
 from longlora_cli.merging.plan import Base, Ingredient, MergePlan
 from longlora_cli.merging.quantized import Seen, int8_round_trip, nf4_round_trip
 from longlora_cli.models import rope as positions
+from longlora_cli.models.layout import Layout
 from longlora_cli.models.loading import ModelFacts
 from longlora_cli.models.rope import RopeRecord
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longlora_cli.merging.tensors import StoredTensor, blocks, matrix_shape
+from longlora_cli.models.tensors import StoredTensor, blocks, matrix_shape
 
 Quantization = Literal["none", "nf4", "int8"]
 _NF4_BLOCK = 64

@@ -2,7 +2,8 @@
 
 Each step stands where it does for a reason. Positions are set before construction because the rotary frequencies are
 computed there. Attention is chosen by name at construction. The adapter comes last because PEFT replaces the linear
-layers that quantization made.
+layers that quantization made. To be used and not trained, on weights that are not quantized, it is folded into them
+with the merge's own arithmetic, so that a run and its merged folder answer alike.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from longlora_cli.memory.attention import attention_name
 from longlora_cli.memory.loss import head_weight
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models import rope as positions
+from longlora_cli.models.folding import fold
 from longlora_cli.models.rope import RopeRecord
 from longlora_cli.models.source import AdapterRecord, ModelSource, base_folder, fingerprint, resolve
+from longlora_cli.models.tensors import DTYPES
 from longlora_cli.models.tokenizer import load_tokenizer
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Above this size training quantizes by default: 16-bit weights of 1B parameters take 2 GB, NF4 0.6.
 _QUANTIZE_ABOVE = 1_000_000_000
 
@@ -64,7 +66,8 @@ class LoadedModel:
     """A model ready to use, and what others need to know of it.
 
     Args:
-        model: transformers causal LM, or PEFT's wrapper around it.
+        model: transformers causal LM with the adapter in its weights, or PEFT's wrapper around it: in training, on
+            quantized weights, and for adapters that cannot be merged exactly.
         tokenizer: Its fast tokenizer.
         source: Where base and adapter came from.
         rope: The positions it was built with, verified.
@@ -145,12 +148,14 @@ def load_model(
         rope: How positions are stretched; None or `keep` leaves the adapter's or the model's own.
         adapter: Adapter to put on the base that `section` names.
         context_length: Tokens to read; gives the stretching its factor.
-        training: Adapter tensors stay trainable and large bases are quantized by default.
+        training: Adapter tensors stay trainable, beside the weights, and large bases are quantized by default. Else an
+            adapter is folded into unquantized weights.
 
     Raises:
         NotFoundError, DataError, SecurityError: From `resolve` and `base_folder`.
         SettingsError: An adapter of another base, or settings the model cannot have.
         IncompatibleError: Positions cannot be verified or an adapter does not fit.
+        NumericError: From `fold`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -161,14 +166,14 @@ def load_model(
     facts, own = ModelFacts.of(config), RopeRecord.of(config)
     record = _positions(source, own, rope, context_length, facts)
     record.apply(config)
-    device, dtype = choose_device(section.device), _choose_dtype(section)
-    quantization = _choose_quantization(section, source, folder, training=training)
+    device, dtype = choose_device(section.device), choose_dtype(section)
+    quantization = choose_quantization(section, source, folder, training=training)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         attn_implementation=attention_name(section.attention, device),
-        quantization_config=_quantizer(quantization, _DTYPES[dtype]),
+        quantization_config=_quantizer(quantization, DTYPES[dtype]),
         device_map={"": device},
         trust_remote_code=False,
     )
@@ -177,7 +182,9 @@ def load_model(
         False  # caches are made where they are used; a default one would double as a leak
     )
     if source.adapter is not None:
-        model = adapters.load(model, source.adapter, trainable=training)
+        foldable = not training and quantization == "none"
+        if not (foldable and fold(model, folder, source.adapter, source.record)):
+            model = adapters.load(model, source.adapter, trainable=training)
     has_tokenizer = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(source.adapter if has_tokenizer and source.adapter else source.base)
     if not training:
@@ -235,7 +242,8 @@ def choose_device(choice: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _choose_dtype(section: ModelSection) -> str:
+def choose_dtype(section: ModelSection) -> str:
+    """`fp32`, `bf16` or `fp16` for these settings on this machine."""
     if section.dtype != "auto":
         return section.dtype
     device = choose_device(section.device)
@@ -244,7 +252,8 @@ def _choose_dtype(section: ModelSection) -> str:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def _choose_quantization(section: ModelSection, source: ModelSource, folder: Path, *, training: bool) -> str:
+def choose_quantization(section: ModelSection, source: ModelSource, folder: Path, *, training: bool) -> str:
+    """`none`, `nf4` or `int8` for these settings and the base in `folder`."""
     if section.quantization != "auto":
         return section.quantization
     if source.record is not None:

@@ -28,7 +28,11 @@ from longlora_cli.storage import (
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 # Settings that may change when a run is resumed: they do not touch what is learnt.
-_FREE = {"out", "log_every", "save_every", "keep_checkpoints", "report_to", "eval_every", "eval_samples"}
+_FREE = {
+    *("out", "log_every", "save_every", "keep_checkpoints", "report_to", "eval_every", "eval_samples"),
+    # Where activations wait, and which code computes the same gradients: a run may move to another machine.
+    *("engine", "plan", "gpu_memory", "host_memory", "disk_offload", "loss_tile", "probe", "attention"),
+}
 
 
 class Run:

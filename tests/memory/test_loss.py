@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from longlora_cli.memory import loss as losses_module
 from longlora_cli.memory.loss import IGNORE, plain_loss, tiled_loss, token_losses, use_tiled_loss
 
 
@@ -91,3 +94,73 @@ def test_a_model_that_caps_its_logits_keeps_its_own_loss(tiny_model_folder: Path
     use_tiled_loss(model, tile_tokens=5)
     ids = torch.arange(8)[None]
     assert model(input_ids=ids, labels=ids).logits is not None
+
+
+class NewStorages(TorchDispatchMode):
+    """Counts the storages of at least `nbytes` that operations make."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.nbytes, self.made = nbytes, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage.data_ptr() not in old and storage.nbytes() >= self.nbytes:
+                self.made.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_trained_heads_gradient_exists_once_from_forward_to_leaf(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 8, generator=generator, dtype=dtype, requires_grad=True)
+    head = torch.randn(400, 8, generator=generator, dtype=dtype, requires_grad=True)
+    labels = torch.randint(400, (12,), generator=generator)
+    with NewStorages(head.nbytes) as storages:  # a tile's logits are smaller: 4 x 400 values
+        total, _ = tiled_loss(hidden, head, labels, tile_tokens=4)
+        (total / 12).backward()
+    assert len(storages.made) == 1, storages.made
+    assert head.grad is not None
+
+
+def test_a_float32_heads_gradient_under_16_bit_states_is_made_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(losses_module, "_HEAD_ROWS", 64)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(12, 8, generator=generator).bfloat16().requires_grad_()
+    head = torch.randn(400, 8, generator=generator).requires_grad_()
+    labels = torch.randint(400, (12,), generator=generator)
+    with NewStorages(400 * 8 * 2) as storages:  # a whole 16-bit product would count
+        total, _ = tiled_loss(hidden, head, labels, tile_tokens=3)
+        total.backward()
+    # The head in 16 bits, and its gradient in float32; nothing a tile.
+    assert len([name for name in storages.made if "detach" not in name]) == 2, storages.made
+    wanted = head.detach().bfloat16().float().requires_grad_()
+    plain_loss(hidden.detach().float(), wanted, labels)[0].backward()
+    torch.testing.assert_close(head.grad, wanted.grad, rtol=0.02, atol=0.02)
+
+
+def test_a_second_backward_is_refused_and_not_scaled_twice() -> None:
+    hidden, head, labels = problem()
+    total, _ = tiled_loss(hidden, head, labels, tile_tokens=4)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_a_tied_embedding_gets_the_gradient_of_both_its_uses(tiny_model_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).double()
+    ids = torch.randint(0, 512, (1, 17), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    wanted = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    use_tiled_loss(model, tile_tokens=5)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model.lm_head.weight.grad, wanted, rtol=1e-4, atol=1e-8)

@@ -227,7 +227,7 @@ def test_the_folder_carries_recipe_hashes_card_and_manifest(make_base, make_adap
 def test_a_result_that_computes_something_else_is_not_kept(
     make_base, make_adapter, merge, monkeypatch, tmp_path
 ):
-    from longlora_cli.merging.adapters import Adapter
+    from longlora_cli.models.adapter_tensors import Adapter
 
     adapter = make_adapter(make_base(dtype=torch.bfloat16))
     right = Adapter.scale

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from longlora_cli.errors import IncompatibleError, NumericError
 from longlora_cli.merging.methods import METHODS
-from longlora_cli.merging.tensors import StoredRows, blocks, matrix_shape, open_folder, round_once
+from longlora_cli.models.tensors import StoredRows, blocks, matrix_shape, open_folder, round_once
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from longlora_cli.errors import SettingsError
 from longlora_cli.merging.quantized import Int8Rows, Nf4Rows, int8_round_trip, nf4_round_trip
-from longlora_cli.merging.tensors import BLOCK_ELEMENTS, open_folder
+from longlora_cli.models.tensors import BLOCK_ELEMENTS, open_folder
 
 KINDS = [torch.float32, torch.bfloat16, torch.float16]
 

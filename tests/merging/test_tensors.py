@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longlora_cli.errors import IntegrityError, SecurityError
-from longlora_cli.merging.tensors import BLOCK_ELEMENTS, OutputTensor, StoredRows, open_folder, write_model
+from longlora_cli.merging.tensors import OutputTensor, write_model
+from longlora_cli.models.tensors import BLOCK_ELEMENTS, StoredRows, open_folder
 
 
 def outputs_of(folder: Path, dtype: torch.dtype | None = None) -> list[OutputTensor]:
@@ -89,7 +90,8 @@ def test_an_index_that_lists_a_missing_tensor_is_refused(folder):
 
 MEASURE = """
 import sys, pathlib, torch
-from longlora_cli.merging import plan, adapters, quantized, methods, tensors, mixing, layout
+from longlora_cli.merging import plan, quantized, methods, tensors, mixing
+from longlora_cli.models import layout
 import transformers, peft, bitsandbytes, peft.tuners.lora
 torch.set_num_threads(1)
 

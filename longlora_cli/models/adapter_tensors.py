@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from longlora_cli.errors import IncompatibleError
-from longlora_cli.merging.layout import Layout
-from longlora_cli.merging.tensors import (
+from longlora_cli.models.layout import Layout
+from longlora_cli.models.source import AdapterRecord
+from longlora_cli.models.tensors import (
+    DTYPES,
     Rows,
     StoredRows,
     StoredTensor,
@@ -101,13 +103,17 @@ class Adapter:
 
     def keeps_tie(self, layout: Layout) -> bool:
         """True when a tied head still equals the embedding: neither was trained, or PEFT trained one for both."""
-        touched = {*self.whole, *(f"{module}.weight" for module in self.factors)}
-        if layout.embedding not in touched and layout.head not in touched:
+        if layout.embedding not in self.changed and layout.head not in self.changed:
             return True
         head, embedding = self.whole.get(layout.head or ""), self.whole.get(layout.embedding)
         if head is None or embedding is None:
             return False
         return bool(self.config.ensure_weight_tying) and torch.equal(head.read(), embedding.read())
+
+    @property
+    def changed(self) -> list[str]:
+        """The model's names of the tensors that it changes, sorted."""
+        return sorted({*self.whole, *(f"{module}.weight" for module in self.factors)})
 
     def rows(self, name: str, base: Rows, dtype: torch.dtype) -> Rows:
         """A model tensor with this adapter on: its trained replacement, the base plus the delta, or the base.
@@ -128,12 +134,28 @@ class Adapter:
         return _Adapted(base, *read_factors(parts), self.scale(module), parts.get("magnitude"))
 
 
-def open_adapter(folder: Path, layout: Layout) -> Adapter:
+def stays_tied(layout: Layout, adapter: Adapter | None) -> bool:
+    """True when head and embedding are one tensor in the base and with the adapter on."""
+    return layout.tied and (adapter is None or adapter.keeps_tie(layout))
+
+
+def trained_dtype(record: AdapterRecord | None, stored: StoredTensor) -> torch.dtype:
+    """What an adapter was trained in; an adapter of another tool is taken to have kept the base's own."""
+    return DTYPES[record.dtype] if record else stored.dtype
+
+
+def open_adapter(folder: Path, layout: Layout, base: TensorFolder) -> Adapter:
     """Read an adapter's config and headers, and give each tensor its place in the model.
+
+    Args:
+        folder: The adapter.
+        layout: Of its base.
+        base: The base's tensors.
 
     Raises:
         IncompatibleError: A kind of adapter that has no exact merge; a tensor that fits nothing in the model; a
-            tensor that the config says was trained and that is not there. The first three are named.
+            tensor that the config says was trained and that is not there. The first three are named. Or it was
+            trained over another embedding, or changes a tensor that the base does not store.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -159,7 +181,12 @@ def open_adapter(folder: Path, layout: Layout) -> Adapter:
     strange += [f"{_PREFIX}{m}.*" for m, parts in factors.items() if not _fits(m, parts, layout, config)]
     _refuse(folder, "has tensors that fit nothing in the base", strange)
     _refuse(folder, "lacks tensors that its config names", _missing(config, factors, whole, layout))
-    return Adapter(folder, config, files, factors, whole)
+    adapter = Adapter(folder, config, files, factors, whole)
+    _refuse_changed_copies(adapter, base)
+    for name in adapter.changed:
+        if name not in base.tensors and not (layout.tied and name == layout.head):
+            raise IncompatibleError(f"{base.folder} stores no tensor {name}, which {folder} changes")
+    return adapter
 
 
 def _refuse(folder: Path, what: str, names: list[str]) -> None:
@@ -268,7 +295,7 @@ class _PissaResidual:
         return self._rows[first:last].double()
 
 
-def refuse_changed_copies(adapter: Adapter, base: TensorFolder) -> None:
+def _refuse_changed_copies(adapter: Adapter, base: TensorFolder) -> None:
     """Check the copies of embeddings that PEFT saves beside their factors: they must be the base's.
 
     Raises:

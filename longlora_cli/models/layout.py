@@ -5,7 +5,7 @@ Read from the architecture, built on torch's meta device: no memory, about a sec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from longlora_cli.errors import IncompatibleError
+from longlora_cli.models.tensors import StoredTensor, TensorFolder, open_folder, same_values
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,26 @@ class Layout:
             if not (self.tied and name == self.head):
                 total += torch.Size(shape).numel()
         return total
+
+    def stored(self, files: TensorFolder, name: str) -> StoredTensor:
+        """A tensor on disk, or for a tied head the embedding."""
+        return files.tensors[self.embedding if self.tied and name == self.head else name]
+
+
+def open_base(folder: Path) -> tuple[Any, Layout, TensorFolder]:
+    """The config of a model folder, its layout as its tensors have it, and those tensors' headers.
+
+    Raises:
+        NotFoundError, IntegrityError, SecurityError: From `open_folder`.
+        IncompatibleError: Its weights are stored quantized.
+    """
+    config, layout = layout_of(folder)
+    files = open_folder(folder)
+    if layout.tied and layout.head in files.tensors:
+        # transformers trusts the tensors: a stored head that differs from the embedding is not tied to it.
+        same = same_values(files.tensors[layout.head], files.tensors[layout.embedding])
+        layout = replace(layout, tied=same)
+    return config, layout, files
 
 
 def layout_of(folder: Path) -> tuple[Any, Layout]:

@@ -1,0 +1,302 @@
+"""A model, an adapter, an optimizer and the memory engine around them, ready for timed steps; see `step.py`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longlora_cli.config import AdapterSection
+from longlora_cli.errors import ResourceError
+from longlora_cli.memory.attention import attention_name
+from longlora_cli.memory.plan import MemoryPlan, ModelShape
+from longlora_cli.models import adapter as adapters
+
+GIB = 2**30
+RANK = 32
+WARM_UP_TOKENS = 8_192
+# From here on a step takes minutes, so that one is timed and a short one warms up.
+ONE_STEP_TOKENS = 256 * 1024
+
+
+@dataclass
+class Rig:
+    """A model ready for steps.
+
+    Args:
+        causal_lm: Called with `input_ids` and `labels`; gives a loss.
+        optimizer: Of its trained parameters.
+        device: Where it computes.
+        stack: Whose layers run: `longlora`, or `hf`, transformers' own with checkpoints.
+        shape: Sizes for the planner.
+        machine: Memory and rates; a smaller one makes smaller plans.
+        arena: Host memory of the engine.
+        plan: Options of `make_plan`.
+        undo: Gives the model its own layers back.
+    """
+
+    causal_lm: Any
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    stack: str
+    shape: ModelShape
+    machine: Any = None
+    arena: Any = None
+    plan: dict[str, Any] = field(default_factory=dict)
+    undo: Callable[[], None] = field(default=lambda: None)
+
+    def plan_for(self, tokens: int) -> MemoryPlan:
+        """The plan of this many tokens on the machine as it is now."""
+        return _plan(
+            self.shape, tokens, self.machine, self.plan["shifted_group"], _frozen(self.plan["explicit"])
+        )
+
+    def longest(self) -> int:
+        """Most tokens for which there is a plan."""
+        from longlora_cli.memory.planner import longest_context
+
+        return longest_context(self.shape, self.machine, **self.plan)
+
+    def step(self, tokens: int) -> float:
+        """Forward, backward, update on random ids; the loss in nats."""
+        ids = torch.randint(3, min(49_000, self.shape.vocabulary), (1, tokens), device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.stack == "hf"):
+            loss = self.causal_lm(input_ids=ids, labels=ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def _frozen(explicit: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(explicit.items()))
+
+
+@functools.cache
+def _plan(
+    shape: ModelShape, tokens: int, machine: Any, shifted_group: int, explicit: tuple[tuple[str, Any], ...]
+) -> MemoryPlan:
+    from longlora_cli.memory.planner import make_plan
+
+    return make_plan(shape, tokens, machine, shifted_group=shifted_group, explicit=dict(explicit))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One length: seconds are the fastest step's, bytes the most at any moment of the timed steps."""
+
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    reserved_bytes: int
+    host_bytes: int
+    loss: float
+    plan: MemoryPlan | None
+
+
+def load_base(options: argparse.Namespace, device: torch.device, *, stack: str, quantized: bool) -> Any:
+    """The base model without adapter, cut to `--layers`; frozen numbers are bf16 or NF4."""
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = AutoConfig.from_pretrained(options.model)
+    if options.layers:
+        config.num_hidden_layers = options.layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: options.layers]
+    quantizer = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model,
+        config=config,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa" if stack == "hf" else attention_name("auto", device),
+        quantization_config=quantizer if quantized else None,
+        device_map={"": device},
+    )
+    model.config.use_cache = False
+    return model
+
+
+def with_adapter(model: Any, *, quantized: bool) -> Any:
+    """The PEFT model: LoRA of rank 32, alpha 32, on the seven linear layers, in float32."""
+    torch.manual_seed(0)
+    section = AdapterSection(lora_rank=RANK, lora_alpha=RANK)
+    wrapped = adapters.attach(model, section, quantization="nf4" if quantized else "none")
+    wrapped.train()
+    return wrapped
+
+
+def shape_of(wrapped: Any, device: torch.device) -> ModelShape:
+    """Sizes for the planner, of a model that is loaded and alone on its device."""
+    config = wrapped.config
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    held = sum(p.numel() * p.element_size() for p in wrapped.parameters())
+    if device.type == "cuda":  # with the quantizer's own tables
+        held = torch.cuda.memory_allocated(device)
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        element_bytes=2,
+        weight_bytes=held - 4 * trainable,
+        trainable=trainable,
+        lora_rank=RANK,
+        optimizer_bytes_per_parameter=0.0,  # paged: leaves the GPU when it must
+    )
+
+
+def build(options: argparse.Namespace, stack: str, device: torch.device) -> Rig:
+    """A model with its adapter, optimizer, and, for `longlora`, planner, arena and engine."""
+    quantized = options.model_kind == "llama8b"
+    wrapped = with_adapter(load_base(options, device, stack=stack, quantized=quantized), quantized=quantized)
+    causal_lm = wrapped.get_base_model()
+    rig = Rig(causal_lm, _optimizer(wrapped, device), device, stack, shape_of(wrapped, device))
+    if stack == "hf":
+        causal_lm.enable_input_require_grads()
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return rig
+    from longlora_cli.memory.arena import HostArena
+    from longlora_cli.memory.engine import use_engine
+    from longlora_cli.memory.machine import Machine
+
+    limit = int(options.cap_gb * 1e9) if options.cap_gb else None
+    rig.machine = Machine.detect(device, gpu_limit_bytes=limit)
+    rig.arena = HostArena(device, rig.machine.host_bytes_for_activations)
+    rig.plan = {"shifted_group": options.s2_group, "explicit": options.plan}
+    rig.undo = use_engine(causal_lm, rig.plan_for, arena=rig.arena, kernel=options.kernel)
+    return rig
+
+
+def _optimizer(wrapped: Any, device: torch.device) -> torch.optim.Optimizer:
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    if device.type == "cpu":
+        return torch.optim.AdamW(trained, lr=1e-4)
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdamW8bit(trained, lr=1e-4)
+
+
+def cap_memory(limit_bytes: int, device: torch.device) -> None:
+    """Let torch allocate what a card of `limit_bytes` would leave beside CUDA's own memory."""
+    from longlora_cli.memory.machine import CONTEXT_BYTES
+
+    torch.ones(1, device=device)
+    free, total = torch.cuda.mem_get_info(device)
+    outside = max(total - free - torch.cuda.memory_reserved(device), CONTEXT_BYTES)
+    torch.cuda.set_per_process_memory_fraction((limit_bytes - outside) / total, device)
+
+
+def release(device: torch.device) -> None:
+    """Give unused memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(rig: Rig, tokens: int, steps: int | None) -> Measured:
+    """Time steps of one length.
+
+    Raises:
+        torch.OutOfMemoryError, ResourceError: It does not fit.
+    """
+    long = tokens >= ONE_STEP_TOKENS
+    plan = rig.plan_for(tokens) if rig.stack == "longlora" else None
+    if plan is not None and plan.predicted.host_bytes:
+        rig.arena.reserve(plan.predicted.host_bytes)  # registering takes 0.6 s/GiB, once in a training
+    rig.step(min(tokens, WARM_UP_TOKENS) if long else tokens)
+    release(rig.device)
+    if rig.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(rig.device)
+    if rig.arena is not None:
+        rig.arena.peak_bytes = rig.arena.used_bytes
+    seconds, loss = [], 0.0
+    for _ in range(steps or (1 if long else 3)):
+        _wait(rig.device)
+        begin = time.perf_counter()
+        loss = rig.step(tokens)
+        _wait(rig.device)
+        seconds.append(time.perf_counter() - begin)
+    gpu = rig.device.type == "cuda"
+    return Measured(
+        tokens=tokens,
+        seconds=min(seconds),
+        peak_bytes=torch.cuda.max_memory_allocated(rig.device) if gpu else 0,
+        reserved_bytes=torch.cuda.max_memory_reserved(rig.device) if gpu else 0,
+        host_bytes=rig.arena.peak_bytes if rig.arena is not None else 0,
+        loss=loss,
+        plan=plan,
+    )
+
+
+def measure_or_none(rig: Rig, tokens: int, steps: int | None) -> Measured | None:
+    """`measure`, or None, with a line said, when it does not fit; the rig can go on."""
+    try:
+        return measure(rig, tokens, steps)
+    except (torch.OutOfMemoryError, ResourceError) as error:
+        say(f"{rig.stack:9} {tokens:>9,}  does not fit: {str(error).splitlines()[0][:120]}")
+    rig.optimizer.zero_grad(set_to_none=True)
+    release(rig.device)
+    return None
+
+
+def longest(rig: Rig, steps: int | None) -> Measured | None:
+    """The longest context that runs: the plan's longest, and while that fails, that of 3 % less GPU memory.
+
+    Less memory and not only fewer tokens: for fewer tokens the planner would keep more, and fill the same memory.
+    """
+    for _ in range(12):
+        tokens = rig.longest()
+        found = measure_or_none(rig, tokens, steps)
+        if found is not None:
+            return found
+        rig.machine = replace(rig.machine, gpu_bytes=int(rig.machine.gpu_bytes * 0.97))
+    return None
+
+
+def say(line: str) -> None:
+    """Print at once: a run can be cut off."""
+    print(line, flush=True)
+
+
+def make_llama8b(folder: Path, device: torch.device, layers: int) -> None:
+    """Write a model with the shape of Llama-3.1-8B, random weights, and positions for two million tokens."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers or 32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=2**21,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e8},
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)

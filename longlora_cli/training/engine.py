@@ -1,0 +1,234 @@
+"""From settings to a running memory engine: which path, which plan, and how to take it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from longlora_cli.config import TrainConfig
+from longlora_cli.errors import IncompatibleError, SettingsError
+from longlora_cli.memory.arena import HostArena
+from longlora_cli.memory.engine import fused_fault, use_engine
+from longlora_cli.memory.generic import use_generic_engine
+from longlora_cli.memory.loss import use_tiled_loss
+from longlora_cli.memory.machine import CONTEXT_BYTES, Machine
+from longlora_cli.memory.plan import MemoryPlan, ModelShape
+from longlora_cli.memory.planner import longest_context, make_plan
+from longlora_cli.models.loading import LoadedModel
+
+# Bytes of one weight: NF4 with doubly quantized scales is 4.127 bits, measured; int8 has one scale a row.
+_QUANTIZED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
+_OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 0.0}  # paged state leaves when needed
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def model_shape(model_config: Any, settings: TrainConfig, quantization: str, element_bytes: int) -> ModelShape:
+    """Sizes the planner needs, from a transformers config and what is trained.
+
+    Args:
+        model_config: The decoder's config.
+        settings: Adapter and optimizer.
+        quantization: `none`, `nf4` or `int8`.
+        element_bytes: Bytes of an activation's number.
+    """
+    heads = model_config.num_attention_heads
+    wanted = settings.lora_targets
+    shape = ModelShape(
+        layers=model_config.num_hidden_layers,
+        width=model_config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(model_config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
+        intermediate=getattr(model_config, "intermediate_size", None) or 4 * model_config.hidden_size,
+        vocabulary=model_config.vocab_size,
+        element_bytes=element_bytes,
+        weight_bytes=0,
+        trainable=0,
+        lora_rank=settings.lora_rank,
+        lora_targets=_LINEARS if wanted == ["all"] else tuple(n for n in _LINEARS if n in wanted),
+        optimizer_bytes_per_parameter=_OPTIMIZER_BYTES[settings.optimizer],
+    )
+    matrices = sum(inputs * outputs for inputs, outputs in shape.linears.values())
+    norms = (2 * shape.layers + 1) * shape.width
+    tables = 1 if model_config.tie_word_embeddings else 2
+    embeddings = tables * shape.vocabulary * shape.width
+    frozen = _QUANTIZED_BYTES.get(quantization, element_bytes) * shape.layers * matrices
+    ranks = sum(sum(size) for name, size in shape.linears.items() if name in shape.lora_targets)
+    trained = {"none": 0, "norms": norms, "all": norms + embeddings}[settings.also_train]
+    return replace(
+        shape,
+        weight_bytes=int(frozen + element_bytes * (norms + embeddings)),
+        trainable=shape.layers * settings.lora_rank * ranks + trained,
+    )
+
+
+def machine_for(settings: TrainConfig, device: torch.device, processes: int, element_bytes: int) -> Machine:
+    """Memory and rates of this machine, within the user's limits; the processes on it share the host.
+
+    Raises:
+        SettingsError: A limit on a GPU that is not used.
+    """
+    if settings.gpu_memory is not None and device.type != "cuda":
+        raise SettingsError("--gpu-memory has no effect on a CPU", hint="Use --host-memory.")
+    machine = Machine.detect(
+        device,
+        gpu_limit_bytes=settings.gpu_memory,
+        host_limit_bytes=settings.host_memory,
+        disk=settings.disk_offload,
+        element_bytes=element_bytes,
+    )
+    if settings.gpu_memory is not None:
+        # The limit is the card's, so what CUDA takes beside torch's allocator is part of it.
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = max(settings.gpu_memory - CONTEXT_BYTES, 0) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    return replace(
+        machine, host_bytes=machine.host_bytes // processes, disk_bytes=machine.disk_bytes // processes
+    )
+
+
+def outline_fault(model_config: Any, settings: TrainConfig, quantization: str) -> str | None:
+    """`fused_fault` of a model that is not loaded yet, from its config and the adapter it will get."""
+    from transformers import AutoModelForCausalLM
+
+    if quantization == "int8":
+        return "it has Linear8bitLt layers"
+    if settings.adapter == "dora":
+        return "it has LoRA variants such as DoRA"
+    if settings.lora_dropout > 0:
+        return "it has LoRA dropout"
+    with torch.device("meta"):
+        return fused_fault(AutoModelForCausalLM.from_config(model_config), adapted=False)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans for batches of one training.
+
+    Args:
+        settings: What the user fixed.
+        shape: The model.
+        machine: The memory there is.
+        documents: Lengths of the documents in the longest batch.
+        made: Plans made so far, by tokens.
+    """
+
+    settings: TrainConfig
+    shape: ModelShape
+    machine: Machine
+    documents: tuple[int, ...] = ()
+    made: dict[int, MemoryPlan] = field(default_factory=dict)
+
+    def plan(self, tokens: int) -> MemoryPlan:
+        """The plan for a batch of this many tokens in all.
+
+        Shorter batches than the longest get the plan of the next of eight sizes an octave: a plan fits whatever is
+        shorter, and making one takes seconds for a model of many layers.
+
+        Raises:
+            ResourceError: It does not fit.
+        """
+        longest = sum(self.documents)
+        if tokens > longest:
+            return self._make(tokens, None)
+        step = max(1, 2 ** (tokens.bit_length() - 1) // 8)
+        rounded = min(-(-tokens // step) * step, longest)
+        return self._make(rounded, self.documents if rounded == longest else None)
+
+    def longest(self) -> int:
+        """Tokens of the longest batch that fits."""
+        return longest_context(self.shape, self.machine, **self._same)
+
+    @property
+    def _same(self) -> dict[str, Any]:
+        explicit = self.settings.fixed_plan()
+        if self.settings.given("loss_tile"):
+            explicit["loss_tile"] = self.settings.loss_tile
+        return {"shifted_group": self.settings.s2_group or 0, "explicit": explicit}
+
+    def _make(self, tokens: int, documents: Sequence[int] | None) -> MemoryPlan:
+        if tokens not in self.made:
+            self.made[tokens] = make_plan(self.shape, tokens, self.machine, documents=documents, **self._same)
+        return self.made[tokens]
+
+
+@dataclass
+class RunningEngine:
+    """An engine on a model.
+
+    Args:
+        path: `fused`, `generic` or `none`.
+        plan_for: Its plans; None without an engine.
+        arena: Its memory outside the GPU, if it has any.
+        take_off: Gives the model its own code back.
+    """
+
+    path: str
+    plan_for: Callable[[int], MemoryPlan] | None
+    arena: HostArena | None
+    take_off: Callable[[], None]
+
+    def close(self) -> None:
+        """Take the engine off and give host memory and disk back."""
+        self.take_off()
+        if self.arena is not None:
+            self.arena.close()
+
+
+def choose_path(settings: TrainConfig, fault: str | None) -> str:
+    """`fused`, `generic` or `none` for a model with this `fused_fault`.
+
+    Raises:
+        IncompatibleError: The fused path or S2-Attn was asked for, and the model cannot have it.
+    """
+    asked = settings.engine
+    if fault is None:
+        return "fused" if asked == "auto" else asked
+    if asked == "fused" or settings.s2_group:
+        what = "--engine fused" if asked == "fused" else "--s2-group"
+        raise IncompatibleError(
+            f"{what} cannot train this model: {fault}",
+            rule="The fused path computes Llama, Mistral, Qwen2 and Qwen3 layers with LoRA itself.",
+            hint="Use --engine generic." if asked == "fused" else "Leave --s2-group out.",
+        )
+    return "generic" if asked == "auto" else asked
+
+
+def start_engine(loaded: LoadedModel, planner: Planner, longest_tokens: int) -> RunningEngine:
+    """Put the engine on a loaded model with its adapter.
+
+    Args:
+        loaded: The model in training.
+        planner: Its plans.
+        longest_tokens: Tokens of the largest batch, whose plan must fit.
+
+    Raises:
+        ResourceError: No plan fits; nothing was changed.
+        IncompatibleError: From `choose_path`.
+    """
+    settings, model = planner.settings, loaded.causal_lm
+    path = choose_path(settings, fused_fault(model))
+    if path == "none":
+        return RunningEngine(path, None, None, use_tiled_loss(model, settings.loss_tile))
+    plan_for = planner.plan
+    longest = plan_for(longest_tokens)
+    arena = HostArena(
+        loaded.device,
+        planner.machine.host_bytes,
+        disk=settings.disk_offload,
+        disk_bytes=longest.predicted.disk_bytes,
+    )
+    if path == "fused":
+        take_off = use_engine(model, plan_for, arena=arena, kernel=settings.attention)
+        return RunningEngine(path, plan_for, arena, take_off)
+    undo_loss = use_tiled_loss(model, longest.loss_tile)
+    undo_layers = use_generic_engine(model, longest, arena)
+
+    def undo() -> None:
+        undo_layers()
+        undo_loss()
+
+    return RunningEngine(path, plan_for, arena, undo)

@@ -1,0 +1,96 @@
+"""Settings become a path and a plan; sizes are those of the real model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longlora_cli.config import TrainConfig
+from longlora_cli.errors import IncompatibleError, ResourceError, SettingsError
+from longlora_cli.memory.machine import Machine
+from longlora_cli.models import adapter as adapters
+from longlora_cli.models.loading import load_model
+from longlora_cli.training.engine import Planner, choose_path, machine_for, model_shape, outline_fault, start_engine
+
+
+def settings(folder: Path, **changes: Any) -> TrainConfig:
+    return TrainConfig(**{"model": str(folder), "data": "d", "out": "o", "device": "cpu", "lora_rank": 3} | changes)
+
+
+@pytest.mark.parametrize("also", ["none", "norms", "all"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_shape_counts_the_models_own_parameters(tiny_model_folder: Path, also: str, quantization: str) -> None:
+    config = settings(tiny_model_folder, also_train=also, quantization=quantization)
+    loaded = load_model(config, config, context_length=128, training=True)
+    frozen = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    loaded.model = adapters.attach(loaded.model, config, quantization=loaded.quantization)
+    shape = model_shape(loaded.causal_lm.config, config, quantization, 4)
+    assert shape.trainable == sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
+    assert shape.weight_bytes == pytest.approx(frozen, rel=0.02)  # quantization's scales are counted, not its buffers
+
+
+@pytest.mark.parametrize(
+    ("asked", "fault", "path"),
+    [("auto", None, "fused"), ("auto", "x", "generic"), ("generic", None, "generic"), ("none", "x", "none")],
+)
+def test_the_path_follows_the_model_unless_it_is_asked_for(asked: str, fault: str | None, path: str) -> None:
+    assert choose_path(settings(Path("m"), engine=asked), fault) == path
+
+
+@pytest.mark.parametrize("asked", [{"engine": "fused"}, {"s2_group": 64}])
+def test_the_fused_path_is_refused_with_the_reason(asked: dict[str, Any]) -> None:
+    with pytest.raises(IncompatibleError, match="sliding window"):
+        choose_path(settings(Path("m"), **asked), "some of its layers attend to a sliding window")
+
+
+@pytest.mark.parametrize("changes", [{"adapter": "dora"}, {"lora_dropout": 0.1}, {}])
+def test_the_outline_knows_the_path_that_the_loaded_model_takes(
+    tiny_model_folder: Path, changes: dict[str, Any]
+) -> None:
+    from longlora_cli.memory.engine import fused_fault
+
+    config = settings(tiny_model_folder, **changes)
+    loaded = load_model(config, config, context_length=128, training=True)
+    outline = outline_fault(loaded.causal_lm.config, config, "none")
+    loaded.model = adapters.attach(loaded.model, config, quantization="none")
+    assert (outline is None) == (fused_fault(loaded.causal_lm) is None)
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_the_model_changes(tiny_model_folder: Path) -> None:
+    config = settings(tiny_model_folder)
+    loaded = load_model(config, config, context_length=128, training=True)
+    loaded.model = adapters.attach(loaded.model, config, quantization="none")
+    machine = Machine(gpu_bytes=2**20, host_bytes=0)
+    planner = Planner(config, model_shape(loaded.causal_lm.config, config, "none", 4), machine)
+    with pytest.raises(ResourceError):
+        start_engine(loaded, planner, 4096)
+    assert "forward" not in vars(loaded.causal_lm)
+
+
+def test_a_limit_on_a_gpu_that_is_not_used_is_refused(tiny_model_folder: Path) -> None:
+    with pytest.raises(SettingsError, match="gpu-memory"):
+        machine_for(settings(tiny_model_folder, gpu_memory="8GB"), torch.device("cpu"), 1, 4)
+
+
+def test_processes_on_one_machine_share_its_host_memory(tiny_model_folder: Path) -> None:
+    one, two = (
+        machine_for(settings(tiny_model_folder, host_memory="1GiB"), torch.device("cpu"), n, 4) for n in (1, 2)
+    )
+    assert two.host_bytes == one.host_bytes // 2 == 2**29
+
+
+@pytest.mark.parametrize("path", ["fused", "generic", "none"])
+def test_an_engine_taken_off_leaves_the_models_own_code(tiny_model_folder: Path, path: str) -> None:
+    config = settings(tiny_model_folder, engine=path)
+    loaded = load_model(config, config, context_length=128, training=True)
+    loaded.model = adapters.attach(loaded.model, config, quantization="none")
+    machine = machine_for(config, torch.device("cpu"), 1, 4)
+    planner = Planner(config, model_shape(loaded.causal_lm.config, config, "none", 4), machine)
+    engine = start_engine(loaded, planner, 128)
+    assert engine.path == path
+    engine.close()
+    changed = [n for n, m in loaded.causal_lm.named_modules() if "forward" in vars(m)]
+    assert changed == []
