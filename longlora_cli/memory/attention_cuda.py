@@ -1,8 +1,8 @@
 """PyTorch's CUDA attention kernels, called below autograd: cuDNN, FlashAttention-2 and memory-efficient attention.
 
-The operators are private to PyTorch but are what `scaled_dot_product_attention` itself dispatches to and what its
-autograd formula calls (`derivatives.yaml`); signatures are the same in 2.9 to 2.13. They are called below autograd
-because only there they take and give log-sum-exp, so that a backward pass needs no second forward pass.
+The operators are private to PyTorch, but they are what `scaled_dot_product_attention` and `varlen_attn` dispatch to and
+what autograd's own formulas call (`derivatives.yaml`), with the same arguments in the same order. They are called below
+autograd because only there they take and give log-sum-exp, so that a backward pass needs no second forward pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CudnnKernel(PerDocument):
 
     name = "cudnn"
 
-    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         tokens = q.shape[2]
         query, key, value = (_padded(t, CUDNN_BUCKET) for t in (q, k, v))
         out, lse, *_ = _ATEN._scaled_dot_product_cudnn_attention.default(
@@ -49,7 +49,7 @@ class CudnnKernel(PerDocument):
         # [count, heads, tokens, 1] or, in other versions, without the last dimension.
         return out[:, :, :tokens], lse.reshape(lse.shape[:3])[:, :, :tokens]
 
-    def run_backward(
+    def _run_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
         tokens = q.shape[2]
@@ -133,7 +133,7 @@ class EfficientKernel(PerDocument):
 
     name = "efficient"
 
-    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         times = q.shape[1] // k.shape[1]
         query, key, value = (t.transpose(1, 2) for t in (q, repeat_heads(k, times), repeat_heads(v, times)))
         out, lse, *_ = _ATEN._efficient_attention_forward.default(
@@ -141,7 +141,7 @@ class EfficientKernel(PerDocument):
         )
         return out.transpose(1, 2), lse[:, :, : q.shape[2]]
 
-    def run_backward(
+    def _run_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
         times, tokens = q.shape[1] // k.shape[1], q.shape[2]

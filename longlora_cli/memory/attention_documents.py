@@ -85,16 +85,16 @@ def sum_heads(gradient: Tensor, times: int) -> Tensor:
 class PerDocument:
     """A kernel that is called once for each run of equal documents, on views `[count, heads, length, head_dim]`.
 
-    A subclass has `run_forward` and `run_backward`; nothing is copied on the way in.
+    A subclass has `_run_forward` and `_run_backward`; nothing is copied on the way in.
     """
 
     name = ""
 
-    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Output as `q`, log-sum-exp `[count, heads, length]`."""
         raise NotImplementedError
 
-    def run_backward(
+    def _run_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
         """Gradients of `q`, `k` and `v` in their shapes."""
@@ -107,13 +107,13 @@ class PerDocument:
         runs = document_runs(lengths)
         if len(runs) == 1:
             q, k, v = (_batched(t, runs[0]) for t in (q, k, v))
-            out, lse = self.run_forward(q, k, v, scale)
+            out, lse = self._run_forward(q, k, v, scale)
             return _packed(out), _packed_lse(lse)
         all_out = q.new_empty(q.shape)
         all_lse = q.new_empty(q.shape[1], q.shape[0], dtype=lse_dtype(q.dtype))
         for run in runs:
             query, key, value = (_batched(t, run) for t in (q, k, v))
-            out, lse = self.run_forward(query, key, value, scale)
+            out, lse = self._run_forward(query, key, value, scale)
             _batched(all_out, run).copy_(out)
             _batched_lse(all_lse, run).copy_(lse)
         return all_out, all_lse
@@ -158,7 +158,7 @@ class PerDocument:
         scale: float,
     ) -> Gradients:
         grad, q, k, v, out = (_batched(t, run) for t in (grad, q, k, v, out))
-        return self.run_backward(grad, q, k, v, out, _batched_lse(lse, run), scale)
+        return self._run_backward(grad, q, k, v, out, _batched_lse(lse, run), scale)
 
 
 def _batched(tensor: Tensor, run: tuple[int, int, int]) -> Tensor:
@@ -244,14 +244,14 @@ class CpuKernel(PerDocument):
 
     name = "torch"
 
-    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         times = q.shape[1] // k.shape[1]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
             q, repeat_heads(k, times), repeat_heads(v, times), 0.0, True, scale=scale
         )
         return out, lse
 
-    def run_backward(
+    def _run_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
         times = q.shape[1] // k.shape[1]
@@ -274,7 +274,7 @@ class BlockwiseKernel(PerDocument):
     def __init__(self, tile_scores: int = _TILE_SCORES) -> None:
         self._tile_scores = tile_scores
 
-    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
         for rows in self._tiles(q):
@@ -284,7 +284,7 @@ class BlockwiseKernel(PerDocument):
             out[:, :, rows] = ((scores - lse[:, :, rows, None]).exp() @ values.to(lse.dtype)).to(q.dtype)
         return out, lse
 
-    def run_backward(
+    def _run_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
         times, work = q.shape[1] // k.shape[1], lse.dtype

@@ -221,6 +221,29 @@ def test_operators_get_what_their_schema_names_and_give_plain_attention(
     torch.testing.assert_close((q, k, v), gradients, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "overwritten"),
+    [(4, 2, 8, {"dq", "dk", "dv"}), (4, 4, 8, {"dq"}), (4, 2, 256, set())],
+)
+def test_flash_attention_4_writes_over_an_operand_only_after_its_last_read(
+    monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, width: int, overwritten: set[str]
+) -> None:
+    """Without shared KV heads its main kernel writes dk and dv itself; 256 wide it writes all three."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    seen: set[str] = set()
+
+    class Targets(Fa4StandIn):
+        def _flash_attn_bwd(self, **options: Any) -> tuple[Tensor, ...]:
+            seen.update({"dq", "dk", "dv"} & set(options))
+            return super()._flash_attn_bwd(**options)
+
+    q, k, v = (torch.randn(5, n, width, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
+    kernel = Fa4Kernel(Targets())
+    out, lse = attend_forward(kernel, q, k, v, [5], SCALE)
+    attend_backward(kernel, torch.ones_like(out), q, k, v, out, lse, [5], SCALE)
+    assert seen == overwritten
+
+
 def test_cudnn_gets_documents_in_buckets_of_512_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 

@@ -135,12 +135,33 @@ def test_autograd_gives_the_explicit_gradients_and_keeps_its_inputs(options: dic
     close(gradients, p[:3])
 
 
-def test_the_slope_of_a_sum_is_accepted() -> None:
-    p = problem(13, 4, 2)
-    leaves = [t.detach().requires_grad_() for t in p[:3]]
-    attend(*leaves, [13], SCALE, KERNELS["cpu"]).sum().backward()
+class Recorder(CpuKernel):
+    """Keeps the shapes it is called with and whether operands were contiguous."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+        self.contiguous: list[bool] = []
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        self.seen.append((q.shape[1], k.shape[1]))
+        self.contiguous.append(all(t.is_contiguous() for t in (q, k, v)))
+        return super().forward(q, k, v, lengths, scale)
+
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
+        self.seen.append((q.shape[1], k.shape[1]))
+        self.contiguous.append(all(t.is_contiguous() for t in (grad, q, k, v)))
+        return super().backward(grad, q, k, v, *rest, **options)
+
+
+def test_a_kernel_gets_the_slope_of_a_sum_as_whole_numbers_in_memory() -> None:
+    p, kernel = problem(13, 4, 2), Recorder()
+    leaves = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in p[:3]]
+    attend(*leaves, [13], SCALE, kernel).sum().backward()
     _, _, gradients = reference(p._replace(grad=torch.ones_like(p.q)), [[13]] * 4)
     close([t.grad for t in leaves], list(gradients))
+    assert kernel.contiguous == [True, True]  # not as one number with strides of zero
 
 
 def test_autograd_passes_the_numerical_check() -> None:
@@ -161,26 +182,6 @@ def test_the_output_lands_in_the_given_tensor() -> None:
         close(wide[:, 2:6], reference(p, [[13]] * 4)[0])
     assert not wide[:, :2].any()
     assert not wide[:, 6:].any()
-
-
-class Recorder(CpuKernel):
-    """Keeps the shapes it is called with and whether operands were contiguous."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, int]] = []
-        self.contiguous: list[bool] = []
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
-    ) -> tuple[Tensor, Tensor]:
-        self.seen.append((q.shape[1], k.shape[1]))
-        self.contiguous.append(all(t.is_contiguous() for t in (q, k, v)))
-        return super().forward(q, k, v, lengths, scale)
-
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
-        self.seen.append((q.shape[1], k.shape[1]))
-        self.contiguous.append(all(t.is_contiguous() for t in (grad, q, k, v)))
-        return super().backward(grad, q, k, v, *rest, **options)
 
 
 def test_a_call_gets_no_more_kv_heads_than_asked_and_views_of_the_buffer() -> None:
@@ -213,10 +214,10 @@ def test_no_call_has_more_elements_than_kernels_can_index(
 
 
 def test_heads_that_lie_far_apart_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_kernels, "_MAX_ELEMENTS", 13 * 4 * WIDTH - 1)
-    kernel, p = Recorder(), problem(13, 4, 2)
-    heads_first = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in p[:3]]
-    attend_forward(kernel, *heads_first, [13], SCALE)
+    monkeypatch.setattr(attention_kernels, "_MAX_ELEMENTS", 13 * 4 * WIDTH)
+    kernel, p = Recorder(), problem(13, 4, 4)
+    longer = (torch.cat([t, t]).transpose(0, 1).contiguous().transpose(0, 1) for t in p[:3])
+    attend_forward(kernel, *(t[:13] for t in longer), [13], SCALE)
     assert kernel.contiguous[0]
 
 
