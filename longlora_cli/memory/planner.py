@@ -42,7 +42,7 @@ def make_plan(
     *,
     documents: Sequence[int] | None = None,
     shifted_group: int = 0,
-    explicit: Mapping[str, Any] = {},  # noqa: B006 - read only
+    explicit: Mapping[str, Any] = {},
 ) -> MemoryPlan:
     """The fastest plan that fits.
 
@@ -79,7 +79,7 @@ def longest_context(
     machine: Machine,
     *,
     shifted_group: int = 0,
-    explicit: Mapping[str, Any] = {},  # noqa: B006 - read only
+    explicit: Mapping[str, Any] = {},
 ) -> int:
     """The most tokens, a multiple of 256, for which `make_plan` with the same arguments finds a plan.
 
@@ -239,8 +239,10 @@ class _Search:
         gpu = self.cost.gpu_peak(places, setting)
         total = gpu + peaks[0] + peaks[1]
         i = int(np.lexsort((total, np.where(fits, seconds, np.inf)))[0])
-        sizes = (int(np.ceil(v[i])) for v in (gpu, *peaks))
-        return _Found(float(seconds[i]), float(flops[i]), *sizes, places[i], setting)
+        gpu_bytes, host_bytes, disk_bytes = (int(np.ceil(peak[i])) for peak in (gpu, *peaks))
+        return _Found(
+            float(seconds[i]), float(flops[i]), gpu_bytes, host_bytes, disk_bytes, places[i], setting
+        )
 
 
 @dataclass(frozen=True)
