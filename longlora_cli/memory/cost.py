@@ -244,6 +244,11 @@ class StepCost:
         backward = np.maximum.reduce([behind, (away + inner) / self._copy_rate, slow])
         return forward.sum(1) + backward.sum(1) + self._head_seconds(setting), flops
 
+    def compute_seconds(self, places: Array, setting: Setting) -> Array:
+        """Predicted seconds with every copy hidden, `[candidates]`."""
+        (ahead, behind), _ = self._compute(places, setting)
+        return ahead.sum(1) + behind.sum(1) + self._head_seconds(setting)
+
     def _compute(self, places: Array, setting: Setting) -> tuple[tuple[Array, Array], Array]:
         f, groups = self.flops, Groups.of(places)
         attended, projected, gated = (places[:, kind] > 0 for kind in (ATTENTION, QKV, GATE_UP))

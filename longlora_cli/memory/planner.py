@@ -20,7 +20,7 @@ import numpy as np
 
 from longlora_cli.errors import ResourceError, SettingsError
 from longlora_cli.memory.candidates import Fixed, KeepOrder, gpu_order, keep_orders
-from longlora_cli.memory.cost import DISK, GPU, HOST, Array, Setting, StepCost, squared_lengths
+from longlora_cli.memory.cost import DISK, GPU, HOST, INPUT, Array, Setting, StepCost, squared_lengths
 from longlora_cli.memory.machine import Machine
 from longlora_cli.memory.plan import KINDS, LayerPlan, MemoryPlan, ModelShape, Place, Prediction
 from longlora_cli.memory.plan_table import describe, size
@@ -42,7 +42,7 @@ def make_plan(
     *,
     documents: Sequence[int] | None = None,
     shifted_group: int = 0,
-    explicit: Mapping[str, Any] = {},  # noqa: B006 - read only
+    explicit: Mapping[str, Any] = {},
 ) -> MemoryPlan:
     """The fastest plan that fits.
 
@@ -79,7 +79,7 @@ def longest_context(
     machine: Machine,
     *,
     shifted_group: int = 0,
-    explicit: Mapping[str, Any] = {},  # noqa: B006 - read only
+    explicit: Mapping[str, Any] = {},
 ) -> int:
     """The most tokens, a multiple of 256, for which `make_plan` with the same arguments finds a plan.
 
@@ -156,6 +156,13 @@ class _Search:
         fixed = Fixed.of(explicit, shape, machine)
         return cls(StepCost(shape, tokens, squared_lengths(lengths, shifted_group), machine), machine, fixed)
 
+    @functools.cached_property
+    def _room_bytes(self) -> float:
+        """What can be kept at the end of forward, all places together."""
+        running = self.cost.static_bytes + float(self.cost.sizes[INPUT])
+        away = self.machine.host_bytes_for_activations + self.machine.disk_bytes
+        return self.machine.gpu_bytes_for_step - running + away
+
     def settings(self) -> list[Setting]:
         """Tiles and heads per call, fastest first."""
         found = [
@@ -218,8 +225,10 @@ class _Search:
     def _fill(self, order: KeepOrder, setting: Setting, bound: float) -> _Found | None:
         """The fastest prefix of `order` that fits, as much of it on the GPU as fits there, the rest on the host."""
         candidates = _Candidates(self, order, setting)
-        rows = np.flatnonzero(candidates.seconds_without_copies() < bound)
-        rows = rows[candidates.gpu(rows, np.zeros(len(rows), int)) <= self.machine.gpu_bytes_for_step]
+        rows = np.flatnonzero(candidates.kept_bytes() <= self._room_bytes)
+        rows = rows[candidates.seconds_without_copies(rows) < bound]
+        if len(rows):
+            rows = rows[candidates.gpu(rows, np.zeros(len(rows), int)) <= self.machine.gpu_bytes_for_step]
         if not len(rows):
             return None
         on_gpu = _most(
@@ -239,8 +248,10 @@ class _Search:
         gpu = self.cost.gpu_peak(places, setting)
         total = gpu + peaks[0] + peaks[1]
         i = int(np.lexsort((total, np.where(fits, seconds, np.inf)))[0])
-        sizes = (int(np.ceil(v[i])) for v in (gpu, *peaks))
-        return _Found(float(seconds[i]), float(flops[i]), *sizes, places[i], setting)
+        gpu_bytes, host_bytes, disk_bytes = (int(np.ceil(peak[i])) for peak in (gpu, *peaks))
+        return _Found(
+            float(seconds[i]), float(flops[i]), gpu_bytes, host_bytes, disk_bytes, places[i], setting
+        )
 
 
 @dataclass(frozen=True)
@@ -277,12 +288,16 @@ class _Candidates:
         found[:, self._by_gpu] = np.where(kept, np.where(last & (place == HOST), DISK, place), 0)
         return self.search.fixed.placed(found.reshape(len(rows), len(KINDS), shape.layers))
 
-    def seconds_without_copies(self) -> Array:
-        """Of every prefix."""
+    def kept_bytes(self) -> Array:
+        """Bytes that each prefix keeps, wherever."""
         cost = self.search.cost
-        places = (self.kept * GPU).reshape(len(self.kept), len(KINDS), cost.shape.layers)
-        still = replace(self.setting, inner_input=GPU, inner_attention=GPU)
-        return cost.seconds(places, still)[0]
+        return self.kept @ np.repeat(cost.sizes, cost.shape.layers)
+
+    def seconds_without_copies(self, rows: Array) -> Array:
+        """Seconds of each prefix at least."""
+        cost = self.search.cost
+        places = (self.kept[rows] * GPU).reshape(len(rows), len(KINDS), cost.shape.layers)
+        return cost.compute_seconds(places, self.setting)
 
     def gpu(self, rows: Array, on_gpu: Array) -> Array:
         """Peak GPU bytes."""
