@@ -63,6 +63,10 @@ def _reference(options: argparse.Namespace, model: Any, device: torch.device) ->
     # Repeats key heads for torch's memory-efficient kernel, which takes float32; plain softmax has 8 GiB of scores.
     base.set_attn_implementation(attention_name("efficient" if device.type == "cuda" else "math", device))
     reference = with_adapter(base, quantized=False).get_base_model()
+    rotary = reference.get_decoder().rotary_emb
+    rotate = rotary.forward
+    # Tables rounded to bf16 are numbers of the model as it is read, like its weights.
+    rotary.forward = lambda x, position_ids: tuple(t.bfloat16().float() for t in rotate(x, position_ids))
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
