@@ -134,8 +134,9 @@ PLACES = ("recompute", "gpu", "host", "disk")
 def test_no_plan_at_all_takes_more_than_the_arithmetic_says(
     shape: ModelShape, tokens: int, data: st.DataObject
 ) -> None:
-    digits = st.lists(st.integers(0, 3), min_size=4 * shape.layers, max_size=4 * shape.layers)
-    places = np.array(data.draw(digits)).reshape(1, 4, shape.layers)
+    alike = st.integers(0, 3).map(lambda place: [place] * shape.layers)
+    mixed = st.lists(st.integers(0, 3), min_size=shape.layers, max_size=shape.layers)
+    places = np.array([[data.draw(st.one_of(alike, mixed)) for _ in KINDS]])
     places[0, 0, 0] = max(places[0, 0, 0], 1)  # the first layer has nobody to be recomputed from
     inner = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
     tile, loss = data.draw(st.sampled_from([(64, 16), (4096, 1024)]))
@@ -150,6 +151,23 @@ def test_no_plan_at_all_takes_more_than_the_arithmetic_says(
     assert walk.ledger.peak["host"] <= cost.away_peak(places, setting, 2)[0] + 1
     assert walk.ledger.peak["disk"] <= cost.away_peak(places, setting, 3)[0] + 1
     assert walk.flops == pytest.approx(cost.seconds(places, setting)[1][0], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kept", "inner"), [("gpu", "host"), ("host", "gpu"), ("host", "host"), ("gpu", "gpu")]
+)
+def test_what_a_group_moves_is_counted_once(kept: str, inner: str) -> None:
+    places = np.zeros((1, 4, 6), int)
+    places[0, 0, ::3] = places[0, 1] = PLACES.index(kept)
+    code = PLACES.index(inner)
+    cost = StepCost(SMALL, 100_000, 1e10, slow(1, 1, 1))
+    layers = tuple(LayerPlan(*(PLACES[p] for p in places[0, :, i])) for i in range(6))
+    nothing = Prediction(0, 0, 0, 0.0, 0.0, 0.0)
+    plan = MemoryPlan(100_000, layers, inner, inner, 64, 16, 1, 0, nothing)  # type: ignore[arg-type]
+    peak = Walk(plan, SMALL, 1e10).run().ledger.peak
+    setting = Setting(64, 16, 1, code, code)
+    assert cost.gpu_peak(places, setting)[0] - BASE == pytest.approx(peak["gpu"] - BASE, rel=0.02)
+    assert cost.away_peak(places, setting, 2)[0] == pytest.approx(peak["host"], rel=0.02)
 
 
 @settings(max_examples=40, deadline=None)
@@ -231,7 +249,9 @@ def test_at_a_million_tokens_layers_go_in_groups_of_four() -> None:
     plan = make_plan(llama_8b(), 2**20, card(77, 128))
     lengths = [len(group) for group in plan.groups()]
     assert lengths == [4] * 7 + [1] * 4  # the last group's forward is its recomputation
-    assert all(layer.attention != "recompute" for layer in plan.layers[28:])
+    keeps = [i for i, layer in enumerate(plan.layers) if layer.attention != "recompute"]
+    assert keeps == list(range(32 - len(keeps), 32))
+    assert 4 <= len(keeps) < 16
     assert plan.kv_heads_per_call == 1
 
 
@@ -282,6 +302,30 @@ def test_smaller_cards_reach_their_lengths(gpu: int, host: int, tokens: int, opt
 def test_few_heads_in_a_call_are_chosen_only_for_memory() -> None:
     assert make_plan(llama_8b(), 8192, card(77, 64)).kv_heads_per_call == 0
     assert make_plan(llama_8b(), 8192, card(7.6, 64)).kv_heads_per_call == 1
+
+
+def test_few_heads_in_a_call_are_slow_for_short_sequences_only() -> None:
+    for tokens, least, most in ((8192, 1.1, 1.5), (2**18, 1.0, 1.01)):
+        all_heads, one = (
+            make_plan(
+                llama_8b(), tokens, card(77, 128), explicit={"kv_heads_per_call": heads, "tile_tokens": 4096}
+            )
+            for heads in (0, 1)
+        )
+        assert least <= one.predicted.seconds / all_heads.predicted.seconds <= most
+
+
+def test_copies_that_take_longer_than_computing_are_the_time_of_a_step() -> None:
+    machine = dataclasses.replace(card(77, 128), copy_bytes_per_second=1e8, disk_bytes_per_second=1e12)
+    fixed = {"group": 1, "offload": "host", "keep_attention": 0, "keep_qkv": 0, "keep_gate_up": 0}
+    plan = make_plan(llama_8b(), 8192, machine, explicit=fixed)
+    copied = 2 * 32 * 8192 * 8192  # every input, out and back
+    assert plan.predicted.seconds == pytest.approx(copied / (0.8 * 1e8), rel=0.01)
+
+
+def test_a_small_disk_is_not_overfilled() -> None:
+    plan = make_plan(llama_8b(), 2**19, card(77, 64, 30))
+    assert 16 * GIB <= plan.predicted.disk_bytes <= 30 * GIB
 
 
 def test_what_stays_on_the_gpu_are_last_layers() -> None:
