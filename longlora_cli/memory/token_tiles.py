@@ -97,9 +97,8 @@ class _Run(torch.autograd.Function):
         output = None
         start = 0
         caching = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(
-            False
-        )  # casts cached here have no graph; torch before 2.13 may reuse them where one is needed
+        # Casts cached here have no graph; torch before 2.13 may reuse them where one is needed.
+        torch.set_autocast_cache_enabled(False)
         try:
             for x in hidden.split(tile_tokens, 1):
                 y = run(x)

@@ -691,41 +691,53 @@ def test_one_line_says_what_was_wrapped(arena: HostArena, caplog: pytest.LogCapt
 TWO = """
 import sys, torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-sys.path[:0] = sys.argv[2:]
+sys.path[:0] = sys.argv[3:]
 from test_generic import CPU, batch, lora, make, plan
 from longlora_cli.memory.arena import HostArena
 from longlora_cli.memory.generic import use_generic_engine
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-model = lora(make(), modules_to_save=["norm"]).double()
+rank, kind = dist.get_rank(), sys.argv[2]
+model = lora(make(), modules_to_save=["norm"]).double() if kind == "ddp" else make()
 mine = {k: v[2 * rank : 2 * rank + 2] if isinstance(v, torch.Tensor) else v for k, v in batch(rows=4).items()}
 with HostArena(CPU, 1 << 20) as arena:
-    use_generic_engine(model, plan(group=2, tile=5), arena)
-    parallel = DistributedDataParallel(model)
+    use_generic_engine(model, plan(group=2 if kind == "ddp" else 1, tile=5), arena)
+    parallel = DistributedDataParallel(model) if kind == "ddp" else model
+    if kind == "fsdp":
+        mesh = init_device_mesh("cpu", (2,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
     for _ in range(2):
         model.zero_grad()
         parallel(**mine).loss.backward()
     assert arena.peak_bytes > 0
 grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+if kind == "fsdp":
+    grads = {n: g.full_tensor() for n, g in grads.items()}
 from safetensors.torch import save_file
-save_file(grads, f"{sys.argv[1]}/rank{rank}.safetensors")
+save_file({n: g.contiguous() for n, g in grads.items()}, f"{sys.argv[1]}/rank{rank}.safetensors")
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_under_ddp_equal_one_plain_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_equal_one_plain_process(tmp_path: Path, kind: str) -> None:
     from safetensors.torch import load_file
 
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     here = Path(__file__).parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*launcher, str(script), str(tmp_path), str(here), str(here.parent)], capture_output=True, text=True
+        [*launcher, str(script), str(tmp_path), kind, str(here), str(here.parent)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    wanted = step(lora(make(), modules_to_save=["norm"]).double(), batch(rows=4))
+    model = lora(make(), modules_to_save=["norm"]).double() if kind == "ddp" else make()
+    wanted = step(model, batch(rows=4))
     wanted = {n: g for n, g in wanted.items() if n not in ("loss", "next random number")}
     for rank in (0, 1):
         actual = load_file(tmp_path / f"rank{rank}.safetensors")
