@@ -100,6 +100,6 @@ def _run(arguments: list[str]) -> int:
             raise
         raise ResourceError(
             f"the GPU is out of memory: {str(error).splitlines()[0]}",
-            hint="Use a shorter length, a smaller --batch-size, or --gpu-memory below what is free, which plans for less.",
+            hint="Use a shorter length, a smaller --batch-size, or a --gpu-memory to plan for less.",
         ) from error
     return code if isinstance(code, int) else 0

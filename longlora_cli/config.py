@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Size, parse_length
 
+
 def setting(default: Any, help: str, *, short: str = "", positional: bool = False, **checks: Any) -> Any:
     """Declare one setting. `default=...` makes it required; `checks` are pydantic's (`ge`, `gt`, `le`, `lt`)."""
     return Field(
@@ -206,7 +207,9 @@ class EngineSection(Section):
             if item == "auto":
                 continue
             if key not in PLAN_KEYS or not equals:
-                raise ValueError(f"--plan {item}: write auto or KEY=VALUE, with KEY of {', '.join(PLAN_KEYS)}")
+                raise ValueError(
+                    f"--plan {item}: write auto or KEY=VALUE, with KEY of {', '.join(PLAN_KEYS)}"
+                )
             if key == "offload" and value not in ("gpu", "host", "disk"):
                 raise ValueError(f"--plan offload={value}: gpu, host or disk")
             if key != "offload":
@@ -226,7 +229,8 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
     data: Paths = setting(..., "Prepared data, one or more folders.", short="-d")
     out: Path = setting(..., "Run folder; an unfinished run in it is resumed.", short="-o")
     max_length: LengthOrAuto | None = setting(
-        None, "Context length to train for, or auto: the longest that fits; default: the data's longest chunk."
+        None,
+        "Context length to train for, or auto: the longest that fits; default: the data's longest chunk.",
     )
     log_every: int = setting(1, "Steps between log lines.", ge=1)
     save_every: int = setting(100, "Steps between checkpoints.", ge=1)

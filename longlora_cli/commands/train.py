@@ -58,7 +58,7 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         _refuse_second_adapter(config, source)
         prepared.require_tokenizer(load_tokenizer(source.adapter or source.base))
         planned = plan_training(config, prepared, source, device, mesh)
-        data, context_length = planned.data, planned.context_length
+        context_length = planned.context_length
         facts: dict[str, Any] = {
             "data": [sha256_of(path / "manifest.json") for path in config.data],
             "base": fingerprint(base_folder(source.base)),

@@ -19,7 +19,14 @@ from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_dtype, choose_quantization, load_model
 from longlora_cli.models.source import RUN_STATE, ModelSource, base_folder
 from longlora_cli.parallel.mesh import Mesh
-from longlora_cli.training.engine import Planner, choose_path, machine_for, model_shape, outline_fault, start_engine
+from longlora_cli.training.engine import (
+    Planner,
+    choose_path,
+    machine_for,
+    model_shape,
+    outline_fault,
+    start_engine,
+)
 from longlora_cli.training.probe import probe
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

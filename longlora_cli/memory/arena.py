@@ -28,9 +28,10 @@ from longlora_cli.memory.pinned import Blocks, PinnedRange, human, in_pages
 from longlora_cli.memory.spill import SpillFile
 
 Place = Literal["gpu", "host", "disk"]
-# States on their way out keep their GPU memory. With more than this many under way the compute stream waits for the
-# oldest, else a fast forward pass would hold all states of all layers at once.
-_LEAVING = 2
+# Tensors on their way out keep their GPU memory. With more than this many under way the compute stream waits for the
+# oldest, else a fast forward pass would hold all tensors of all layers at once. A layer saves up to five (input,
+# attention output, log-sum-exp, q/k/v, gate/up) and the first must not wait for the last of the layer before it.
+_LEAVING = 5
 
 
 @dataclass(eq=False)

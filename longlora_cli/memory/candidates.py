@@ -142,7 +142,7 @@ def keep_orders(layers: int, fixed: Fixed) -> tuple[KeepOrder, ...]:
     """
     down = range(layers - 1, -1, -1)
     counts = dict(fixed.keep)
-    orders = {}
+    orders: dict[KeepOrder, None] = {}  # a set that keeps its order
     for group in _GROUPS if fixed.group is None else (fixed.group,):
         if group > layers:
             continue

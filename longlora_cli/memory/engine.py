@@ -125,8 +125,8 @@ class FusedEngine:
         """Rotary tables and attention for one packed sequence."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         like = torch.empty((), dtype=wide, device=x.device)
-        # Rounded as transformers rounds them: in bf16 that moves a gradient by 0.5 % of its norm (SmolLM2, positions from
-        # 20,000 on), and the model will be read with these tables, so it must be trained with them.
+        # Rounded as transformers rounds them: in bf16 that moves a gradient by 0.5 % of its norm (SmolLM2, positions
+        # from 20,000 on), and the model will be read with these tables, so it must be trained with them.
         cos, sin = (
             table.to(x.dtype).to(wide) for table in self.decoder.rotary_emb(like, positions.reshape(1, -1))
         )
@@ -135,7 +135,7 @@ class FusedEngine:
             cos[0, :, :half].contiguous(),
             sin[0, :, :half].contiguous(),
             documents,
-            choose_kernel(self.kernel_name, x.device, x.dtype, self.head_dim, x.shape[0]),
+            choose_kernel(self.kernel_name, x.device, x.dtype, self.head_dim),
             plan.tile_tokens,
             plan.kv_heads_per_call,
             plan.shifted_group,
@@ -165,11 +165,23 @@ class FusedEngine:
         """Precision of activations and matrix products: the frozen weights' own."""
         return self.layers[0].o.dtype
 
-    def final_norm(self, x: Tensor, tile_tokens: int) -> Tensor:
-        """The decoder's last norm over `[tokens, width]`, in place."""
-        for rows in x.split(tile_tokens):
+    def loss(self, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Summed next-token loss in nats of labels `[batch, tokens]`, and how many labels counted."""
+        x = self.run(inputs["input_ids"], inputs.get("position_ids"), inputs.get("document_lengths"))
+        shifted = labels.new_full(labels.shape, IGNORE)
+        shifted[:, :-1] = labels[:, 1:]
+        head = head_weight(self.causal_lm)
+        assert head is not None  # fused_fault looked
+        tile = self.plan_for(labels.numel()).loss_tile
+        return normed_loss(x, self.norm.weight, self.norm.eps, head, shifted.reshape(-1), tile_tokens=tile)
+
+    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Last hidden states `[batch, tokens, width]`, normed; nothing is kept for a backward pass."""
+        ids: Tensor = inputs["input_ids"]
+        x = self.run(ids, inputs.get("position_ids"), inputs.get("document_lengths"))
+        for rows in x.split(self.plan_for(ids.numel()).tile_tokens):
             rms_norm(rows, self.norm.weight, self.norm.eps, out=rows)
-        return x
+        return x.view(*ids.shape, -1)
 
 
 def _through(layer: LoadedLayer, x: Tensor, passage: Passage) -> Tensor:
@@ -225,13 +237,11 @@ def _save_pair(step: _Step, attended: Tensor, lse: Tensor, place: str) -> tuple[
 
 def _backward_group(step: _Step, group: range, grad: Tensor, sums: GradientSums) -> None:
     """Recompute a group from its first input, then go back through it; `grad` changes in place."""
-    arena, plan = step.engine.arena, step.plan
-    for earlier in range(max(0, group.start - _length_before(step, group)), group.start):
-        for slot in step.kept[earlier].slots():
-            arena.prefetch(slot)
+    plan = step.plan
     x = _take(step, step.kept[group.start], "input")
     inner: dict[int, _Kept] = {}
     for index in group[:-1]:
+        _prefetch(step, step.kept[index + 1], whole=index + 1 == group[-1])
         layer = step.engine.layers[index].load(x.dtype, x.device)
         attended, lse, qkv = _attended(step, index, layer, x)
         inner[index] = _Kept(step.save(x, plan.inner_input))
@@ -247,18 +257,27 @@ def _backward_group(step: _Step, group: range, grad: Tensor, sums: GradientSums)
             qkv = None
         else:
             attended, lse, qkv = _attended(step, index, layer, x)
-        if index - 1 in inner:
-            for slot in inner[index - 1].slots():
-                arena.prefetch(slot)
+        if index > group.start:
+            _prefetch(step, inner[index - 1], whole=True)
+            _prefetch(step, step.kept[index - 1], whole=True)
+        elif index > 0:
+            before = next(g for g in plan.groups() if g.stop == index)
+            _prefetch(step, step.kept[before.start], whole=len(before) == 1)
         found = [x, attended, lse, qkv]
         del x, attended, lse, qkv  # the layer's backward frees each where it is used last
         _backward_layer(step, index, layer, found, grad, sums)
         del layer
 
 
-def _length_before(step: _Step, group: range) -> int:
-    """Layers in the group before this one."""
-    return next((len(g) for g in step.plan.groups() if g.stop == group.start), 0)
+def _prefetch(step: _Step, kept: _Kept, *, whole: bool) -> None:
+    """Start bringing back what the next visit of a layer needs: all of it for its backward, or input and attention.
+
+    One visit ahead is enough to hide the copies, and more would take memory that the plan does not count.
+    """
+    needed = (kept.input, *(kept.attention or ()), *((kept.gate_up, kept.qkv) if whole else ()))
+    for slot in needed:
+        if slot is not None:
+            step.engine.arena.prefetch(slot)
 
 
 def _take(step: _Step, kept: _Kept, name: str) -> Tensor:
@@ -328,8 +347,7 @@ def use_engine(
     if fault := fused_fault(causal_lm):
         raise ValueError(f"the fused path cannot take this model: {fault}")
     engine = FusedEngine(causal_lm, plan_for, arena, kernel)
-    decoder = engine.decoder
-    own_forward, own_decoder = causal_lm.forward, decoder.forward
+    own_forward, own_decoder = causal_lm.forward, engine.decoder.forward
 
     @functools.wraps(own_forward)
     def forward(
@@ -340,15 +358,7 @@ def use_engine(
             return own_forward(*args, **more, **kwargs)
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        x = engine.run(kwargs["input_ids"], kwargs.get("position_ids"), kwargs.get("document_lengths"))
-        shifted = labels.new_full(labels.shape, IGNORE)
-        shifted[:, :-1] = labels[:, 1:]
-        weight = head_weight(causal_lm)
-        assert weight is not None  # fused_fault looked
-        total, count = normed_loss(
-            x, engine.norm.weight, engine.norm.eps, weight, shifted.reshape(-1),
-            tile_tokens=plan_for(labels.numel()).loss_tile,
-        )  # fmt: skip
+        total, count = engine.loss(labels, kwargs)
         divisor = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / divisor)
 
@@ -358,15 +368,12 @@ def use_engine(
             return own_decoder(*args, **kwargs)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
-        ids: Tensor = kwargs["input_ids"]
-        x = engine.run(ids, kwargs.get("position_ids"), kwargs.get("document_lengths"))
-        hidden = engine.final_norm(x, plan_for(ids.numel()).tile_tokens)
-        return BaseModelOutputWithPast(last_hidden_state=hidden.view(*ids.shape, -1))
+        return BaseModelOutputWithPast(last_hidden_state=engine.hidden(kwargs))
 
-    causal_lm.forward, decoder.forward = forward, decode
+    causal_lm.forward, engine.decoder.forward = forward, decode
 
     def undo() -> None:
-        del causal_lm.forward, decoder.forward  # the classes' own show again
+        del causal_lm.forward, engine.decoder.forward  # the classes' own show again
 
     return undo
 

@@ -126,16 +126,19 @@ class Machine:
             peak, copy = _peak_of(facts.name)
             processors = facts.multi_processor_count
             unit = peak / _H100[0] * (_FLOAT32_SHARE if element_bytes > 2 else 1.0)
-            rates = tuple(rate * unit for rate in _H100[1:4])
+            matmul, forward, backward = (rate * unit for rate in _H100[1:4])
         else:
             gpu = host // 2
             host -= gpu
-            rates, copy = (_CPU_FLOPS,) * 3, _CPU_COPY_BYTES_PER_SECOND
+            matmul = forward = backward = _CPU_FLOPS
+            copy = _CPU_COPY_BYTES_PER_SECOND
         return cls(
             gpu if gpu_limit_bytes is None else min(gpu, gpu_limit_bytes),
             host if host_limit_bytes is None else min(host, host_limit_bytes),
             0 if disk is None else disk_bytes_available(disk),
-            *rates,
+            matmul_flops=matmul,
+            attention_flops_forward=forward,
+            attention_flops_backward=backward,
             copy_bytes_per_second=copy,
             multiprocessors=processors,
         )

@@ -21,11 +21,17 @@ from longlora_cli.models.loading import LoadedModel
 
 # Bytes of one weight: NF4 with doubly quantized scales is 4.127 bits, measured; int8 has one scale a row.
 _QUANTIZED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
-_OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 0.0}  # paged state leaves when needed
+_OPTIMIZER_BYTES = {
+    "adamw": 8.0,
+    "adamw_8bit": 2.0,
+    "paged_adamw_8bit": 0.0,
+}  # paged state leaves when needed
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def model_shape(model_config: Any, settings: TrainConfig, quantization: str, element_bytes: int) -> ModelShape:
+def model_shape(
+    model_config: Any, settings: TrainConfig, quantization: str, element_bytes: int
+) -> ModelShape:
     """Sizes the planner needs, from a transformers config and what is trained.
 
     Args:

@@ -77,5 +77,9 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> Any
         return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     import bitsandbytes
 
-    kind = bitsandbytes.optim.AdamW8bit if config.optimizer == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
+    kind = (
+        bitsandbytes.optim.AdamW8bit
+        if config.optimizer == "adamw_8bit"
+        else bitsandbytes.optim.PagedAdamW8bit
+    )
     return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)

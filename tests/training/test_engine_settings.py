@@ -13,23 +13,36 @@ from longlora_cli.errors import IncompatibleError, ResourceError, SettingsError
 from longlora_cli.memory.machine import Machine
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import load_model
-from longlora_cli.training.engine import Planner, choose_path, machine_for, model_shape, outline_fault, start_engine
+from longlora_cli.training.engine import (
+    Planner,
+    choose_path,
+    machine_for,
+    model_shape,
+    outline_fault,
+    start_engine,
+)
 
 
 def settings(folder: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig(**{"model": str(folder), "data": "d", "out": "o", "device": "cpu", "lora_rank": 3} | changes)
+    return TrainConfig(
+        **{"model": str(folder), "data": "d", "out": "o", "device": "cpu", "lora_rank": 3} | changes
+    )
 
 
 @pytest.mark.parametrize("also", ["none", "norms", "all"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_the_shape_counts_the_models_own_parameters(tiny_model_folder: Path, also: str, quantization: str) -> None:
+def test_the_shape_counts_the_models_own_parameters(
+    tiny_model_folder: Path, also: str, quantization: str
+) -> None:
     config = settings(tiny_model_folder, also_train=also, quantization=quantization)
     loaded = load_model(config, config, context_length=128, training=True)
     frozen = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     loaded.model = adapters.attach(loaded.model, config, quantization=loaded.quantization)
     shape = model_shape(loaded.causal_lm.config, config, quantization, 4)
     assert shape.trainable == sum(p.numel() for p in loaded.model.parameters() if p.requires_grad)
-    assert shape.weight_bytes == pytest.approx(frozen, rel=0.02)  # quantization's scales are counted, not its buffers
+    assert shape.weight_bytes == pytest.approx(
+        frozen, rel=0.02
+    )  # quantization's scales are counted, not its buffers
 
 
 @pytest.mark.parametrize(
@@ -77,7 +90,8 @@ def test_a_limit_on_a_gpu_that_is_not_used_is_refused(tiny_model_folder: Path) -
 
 def test_processes_on_one_machine_share_its_host_memory(tiny_model_folder: Path) -> None:
     one, two = (
-        machine_for(settings(tiny_model_folder, host_memory="1GiB"), torch.device("cpu"), n, 4) for n in (1, 2)
+        machine_for(settings(tiny_model_folder, host_memory="1GiB"), torch.device("cpu"), n, 4)
+        for n in (1, 2)
     )
     assert two.host_bytes == one.host_bytes // 2 == 2**29
 
