@@ -390,7 +390,7 @@ def test_shifted_groups_are_counted_as_they_are_cut(documents: list[int], group:
         ({"kv_heads_per_call": 1}, lambda p: p.kv_heads_per_call == 1),
         ({"kv_heads_per_call": 0}, lambda p: p.kv_heads_per_call == 0),
     ],
-    ids=str,
+    ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
 def test_what_the_user_fixed_is_so(explicit: dict[str, Any], holds: Any) -> None:
     machine = slow(BASE + 2**30, RESERVE + 2**30, 2**30)
