@@ -129,8 +129,9 @@ def add_command(app: typer.Typer, name: str, summary: str) -> None:
         dry_run, _ = values.pop("dry_run"), values.pop("debug")
         console = Console(json_mode=json_mode)
         settings = resolve(name, values, recipe)
+        quiet_libraries()  # what libraries say while they are imported
         module = import_module(f"longlora_cli.commands.{name}")
-        quiet_libraries()
+        quiet_libraries()  # what needs them imported to be turned off
         entry: Callable[..., dict[str, Any]] = module.run
         console.result(entry(settings, console, dry_run=dry_run))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from longlora_cli.commands.train_plan import PlannedTraining, describe, load_trained, plan_training
 from longlora_cli.config import AdapterSection, TrainConfig
-from longlora_cli.console import Console
+from longlora_cli.console import Console, show_log
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.data.shorter import ShorterChunks
@@ -128,6 +128,8 @@ def _train(
         if newest and step >= total:  # the adapter is all that is missing; Trainer would take one step more
             result: dict[str, Any] = {"steps": step}
         else:
+            if mesh.is_main:
+                show_log(console)
             engine = start_engine(loaded, planned.planner, planned.longest_batch)
             try:
                 result = _run_trainer(config, console, mesh, run_folder, planned.data, loaded, record, newest)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longlora_cli.memory.nf4 import dequantized
+
 # Columns of the low-rank part are padded to this, so that rows stay aligned for tensor cores.
 _COLUMN_ALIGNMENT = 64
 
@@ -74,9 +76,7 @@ class _Part:
         if state is None:
             out.copy_(self.base.weight)
             return
-        from bitsandbytes.functional import dequantize_4bit
-
-        out.copy_(dequantize_4bit(self.base.weight.data, state))
+        out.copy_(dequantized(self.base.weight.data, state))
 
 
 def _part(module: nn.Module) -> _Part:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from longlora_cli.memory.nf4 import dequantized
 from longlora_cli.models.tensors import StoredTensor, blocks, matrix_shape
 
 Quantization = Literal["none", "nf4", "int8"]
@@ -63,12 +64,10 @@ class Nf4Rows:
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows `first` to `last` (exclusive), `[last - first, columns]` in float64."""
-        import bitsandbytes.functional as bnb
-
         packed, state = self._quantize(first, last)
         begin = first * self.shape[1] // _NF4_BLOCK  # whole: blocks start at multiples of 64 values
         state.absmax = self._scales[begin : begin + len(state.absmax)].contiguous()
-        block: Tensor = bnb.dequantize_4bit(packed, state)
+        block = dequantized(packed, state)
         return block.view(last - first, self.shape[1]).double()
 
 
@@ -99,8 +98,7 @@ def nf4_round_trip(matrix: Tensor) -> Tensor:
     packed, state = bnb.quantize_4bit(
         matrix, blocksize=_NF4_BLOCK, compress_statistics=True, quant_type="nf4"
     )
-    result: Tensor = bnb.dequantize_4bit(packed, state).view_as(matrix)
-    return result
+    return dequantized(packed, state).view_as(matrix)
 
 
 def quantized_rows(tensor: StoredTensor, seen: Seen) -> Nf4Rows | Int8Rows:

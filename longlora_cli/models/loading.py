@@ -20,6 +20,7 @@ from longlora_cli.config import ModelSection, RopeSection
 from longlora_cli.errors import IncompatibleError, NotFoundError, SettingsError
 from longlora_cli.memory.attention import attention_name
 from longlora_cli.memory.loss import head_weight
+from longlora_cli.memory.nf4 import keep_layout
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models import rope as positions
 from longlora_cli.models.folding import fold
@@ -177,6 +178,8 @@ def load_model(
         device_map={"": device},
         trust_remote_code=False,
     )
+    if device.type == "cpu" and quantization == "nf4":
+        keep_layout(model)
     positions.verify(model, record, facts.head_dim)
     model.config.use_cache = (
         False  # caches are made where they are used; a default one would double as a leak

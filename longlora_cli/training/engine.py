@@ -26,6 +26,9 @@ _OPTIMIZER_BYTES = {
     "adamw_8bit": 2.0,
     "paged_adamw_8bit": 0.0,
 }  # paged state leaves when needed
+# A plan that filled an H100 made torch's allocator give blocks back twice a step, which cost 5-10 % of it; with 7 % left
+# it never did, and held 1.7 GiB (2.3 %) more than the tensors.
+_ALLOCATOR_SHARE = 0.03
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -91,8 +94,12 @@ def machine_for(settings: TrainConfig, device: torch.device, processes: int, ele
         total = torch.cuda.get_device_properties(device).total_memory
         share = max(settings.gpu_memory - CONTEXT_BYTES, 0) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    gpu = machine.gpu_bytes
     return replace(
-        machine, host_bytes=machine.host_bytes // processes, disk_bytes=machine.disk_bytes // processes
+        machine,
+        gpu_bytes=int((1 - _ALLOCATOR_SHARE) * gpu) if device.type == "cuda" else gpu,
+        host_bytes=machine.host_bytes // processes,
+        disk_bytes=machine.disk_bytes // processes,
     )
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from longlora_cli.errors import SettingsError
+from longlora_cli.memory.nf4 import dequantized, keep_layout
 from longlora_cli.merging.quantized import Int8Rows, Nf4Rows, int8_round_trip, nf4_round_trip
 from longlora_cli.models.tensors import BLOCK_ELEMENTS, open_folder
 
@@ -29,7 +30,7 @@ def test_nf4_by_blocks_equals_nf4_of_the_whole_matrix(tmp_path, dtype, shape):
     parts = [rows.rows(a, min(a + step, shape[0])) for a in range(0, shape[0], step)]
     packed, state = bnb.quantize_4bit(matrix, compress_statistics=True, quant_type="nf4")
 
-    assert torch.equal(torch.cat(parts), bnb.dequantize_4bit(packed, state).double().view(shape))
+    assert torch.equal(torch.cat(parts), dequantized(packed, state).double().view(shape))
     assert torch.equal(torch.cat(parts), nf4_round_trip(matrix).double())
 
 
@@ -58,6 +59,7 @@ def trained_over_nf4(adapter, base):
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=settings, dtype=torch.float32, device_map={"": "cpu"}
     )
+    keep_layout(model)
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
@@ -77,7 +79,8 @@ def divergence(trained: torch.Tensor, merged: torch.Tensor) -> float:
 def test_merging_into_the_dequantized_base_gives_the_trained_model(
     make_base, make_adapter, merge, load_plain, logits, tied, kind
 ):
-    base = make_base(tie_word_embeddings=tied)
+    # 128: bitsandbytes' own CPU layers are wrong where rows are not whole blocks of 64, see memory/nf4.py.
+    base = make_base(tie_word_embeddings=tied, intermediate_size=128)
     adapter = make_adapter(base, quantization="nf4", **kind)
     trained = logits(trained_over_nf4(adapter, base))
     faithful, result = merge(adapter)
