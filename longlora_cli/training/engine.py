@@ -26,8 +26,8 @@ _OPTIMIZER_BYTES = {
     "adamw_8bit": 2.0,
     "paged_adamw_8bit": 0.0,
 }  # paged state leaves when needed
-# A plan that filled an H100 made torch's allocator give blocks back twice a step, which cost 5-10 % of it; with 7 % left
-# it never did, and held 1.7 GiB (2.3 %) more than the tensors.
+# A plan that filled an H100 made torch's allocator give blocks back twice a step, which cost 5-10 % of it; with 7 %
+# left it never did, and held 1.7 GiB (2.3 %) more than the tensors.
 _ALLOCATOR_SHARE = 0.03
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
