@@ -178,18 +178,15 @@ def load_model(
         device_map={"": device},
         trust_remote_code=False,
     )
-    if device.type == "cpu" and quantization == "nf4":
-        keep_layout(model)
+    keep_layout(model)
     positions.verify(model, record, facts.head_dim)
-    model.config.use_cache = (
-        False  # caches are made where they are used; a default one would double as a leak
-    )
+    model.config.use_cache = False  # caches are made where they are used; a default one would leak
     if source.adapter is not None:
         foldable = not training and quantization == "none"
         if not (foldable and fold(model, folder, source.adapter, source.record)):
             model = adapters.load(model, source.adapter, trainable=training)
-    has_tokenizer = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(source.adapter if has_tokenizer and source.adapter else source.base)
+    own_tokenizer = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(source.adapter if own_tokenizer and source.adapter else source.base)
     if not training:
         model.eval()
     return LoadedModel(
