@@ -211,7 +211,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--case", choices=(*STEP_CASE.values(), LONGEST_CASE), help="of the rows; default: by what is run")
     add("--longest", action="store_true", help="find the longest context that runs")
     add("--check", action="store_true", help="compare loss and gradients with a float32 reference")
-    add("--slack", type=float, default=1.05, help="with --check: most that our error may be of the plain one")
+    add("--slack", type=float, default=1.0, help="with --check: most that our error may be of the plain one")
     add("--peer-log", type=Path, help="JSON lines of another stack, to become rows")
     add("--peer-command", default="", help="the command line that printed --peer-log")
     add("--peak-tflops", type=float, default=989.0, help="the chip's dense bf16 peak, for MFU")

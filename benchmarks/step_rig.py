@@ -83,9 +83,9 @@ def _frozen(explicit: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 def _plan(
     shape: ModelShape, tokens: int, machine: Any, shifted_group: int, explicit: tuple[tuple[str, Any], ...]
 ) -> MemoryPlan:
-    from longlora_cli.memory.planner import make_plan
+    from longlora_cli.memory.planner import roomy_plan
 
-    return make_plan(shape, tokens, machine, shifted_group=shifted_group, explicit=dict(explicit))
+    return roomy_plan(shape, tokens, machine, shifted_group=shifted_group, explicit=dict(explicit))
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,9 @@ class EngineSection(Section):
     gpu_memory: Size | None = setting(None, "Use at most this much GPU memory, such as 24GB.", gt=0)
     host_memory: Size | None = setting(None, "Use at most this much host memory for activations.", gt=0)
     disk_offload: Path | None = setting(None, "Folder on a fast disk for activations that fit nowhere else.")
-    loss_tile: Length = setting(4096, "Tokens whose logits exist at one time.", ge=1)
+    loss_tile: Length = setting(
+        4096, "Tokens whose logits exist at one time; when it is not given, a memory plan chooses.", ge=1
+    )
     probe: bool = setting(False, "With --dry-run: run one longest step and compare it with the plan.")
 
     def fixed_plan(self) -> dict[str, str | int]:
@@ -220,6 +222,8 @@ class EngineSection(Section):
         for name in ("plan", "gpu_memory", "host_memory", "disk_offload", "s2_group"):
             self.needs(name, self.engine != "none", "--engine none keeps what the model's own code keeps")
         self.needs("s2_group", self.engine != "generic", "it belongs to --engine fused")
+        if self.s2_group is not None and self.s2_group % 2:
+            raise ValueError(f"--s2-group {self.s2_group} is odd: groups are shifted by half of their tokens")
         return self
 
 

@@ -51,20 +51,24 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def show_log(console: Console, name: str = "longlora") -> None:
-    """Print what the core logs, such as which attention kernel was chosen and why; core code never prints."""
+@contextmanager
+def show_log(console: Console, name: str = "longlora") -> Iterator[None]:
+    """Print what the core logs meanwhile, such as which attention kernel was chosen and why; core code never prints."""
     import logging
 
     class Lines(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             console.print(record.getMessage())
 
-    logger = logging.getLogger(name)
-    for handler in [h for h in logger.handlers if type(h).__name__ == "Lines"]:
-        logger.removeHandler(handler)  # of a command that ran before in this process
-    logger.addHandler(Lines())
+    logger, lines = logging.getLogger(name), Lines()
+    before = logger.level
+    logger.addHandler(lines)
     logger.setLevel(logging.INFO)
-    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(before)
 
 
 def printable(text: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 
-from longlora_cli.console import Console, printable
+from longlora_cli.console import Console, printable, show_log
 
 
 def test_control_characters_never_reach_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,3 +66,13 @@ def test_numbers_are_grouped_and_aligned(capsys: pytest.CaptureFixture[str]) -> 
     lines = capsys.readouterr().out.splitlines()
     assert any(line.endswith("1,234,567") for line in lines)
     assert any(line.endswith("     0.25") for line in lines)
+
+
+def test_what_the_core_logs_is_printed_only_while_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("longlora")
+    level, handlers = logger.level, list(logger.handlers)
+    with show_log(Console()):
+        logger.info("attention: cudnn")
+    logger.info("later")
+    assert capsys.readouterr().out == "attention: cudnn\n"
+    assert (logger.level, logger.handlers) == (level, handlers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
                 f"{len(prepared)} chunks are longer and are cut there"
             )
         if dry_run:
-            return describe(config, planned, device, console)
+            return describe(config, planned, console)
         mesh.from_main(lambda: Run.refuse_strangers(config.out))
         with ExitStack() as stack:
             mesh.from_main(lambda: stack.enter_context(folder_lock(config.out)) or True)
@@ -128,13 +128,14 @@ def _train(
         if newest and step >= total:  # the adapter is all that is missing; Trainer would take one step more
             result: dict[str, Any] = {"steps": step}
         else:
-            if mesh.is_main:
-                show_log(console)
-            engine = start_engine(loaded, planned.planner, planned.longest_batch)
-            try:
-                result = _run_trainer(config, console, mesh, run_folder, planned.data, loaded, record, newest)
-            finally:
-                engine.close()
+            with show_log(console) if mesh.is_main else nullcontext():
+                engine = start_engine(loaded, planned.planner, planned.longest_batch)
+                try:
+                    result = _run_trainer(
+                        config, console, mesh, run_folder, planned.data, loaded, record, newest
+                    )
+                finally:
+                    engine.close()
     except LongLoRAError as error:
         if mesh.is_main:
             resumable = not isinstance(error, NumericError)

@@ -7,6 +7,7 @@ from which the backward pass recomputes the probabilities instead of keeping the
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -82,7 +83,7 @@ def sum_heads(gradient: Tensor, times: int) -> Tensor:
     return gradient if times == 1 else gradient.unflatten(1, (-1, times)).sum(2)
 
 
-class PerDocument:
+class PerDocument(ABC):
     """A kernel that is called once for each run of equal documents, on views `[count, heads, length, head_dim]`.
 
     A subclass has `_run_forward` and `_run_backward`; nothing is copied on the way in.
@@ -90,15 +91,15 @@ class PerDocument:
 
     name = ""
 
+    @abstractmethod
     def _run_forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Output as `q`, log-sum-exp `[count, heads, length]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> Gradients:
         """Gradients of `q`, `k` and `v` in their shapes."""
-        raise NotImplementedError
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float

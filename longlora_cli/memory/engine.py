@@ -11,7 +11,6 @@ docs/memory.md; k-layer checkpoints after Chen et al. 2016 (arXiv:1604.06174).
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,6 @@ from longlora_cli.memory.plan import LayerPlan, MemoryPlan
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_log = logging.getLogger("longlora")
 
 
 def fused_fault(causal_lm: Any, *, adapted: bool = True) -> str | None:
@@ -138,7 +136,8 @@ class FusedEngine:
             choose_kernel(self.kernel_name, x.device, x.dtype, self.head_dim),
             plan.tile_tokens,
             plan.kv_heads_per_call,
-            plan.shifted_group,
+            # Shifted groups are for training; what is read afterwards, and measured meanwhile, is full attention.
+            plan.shifted_group if torch.is_grad_enabled() else 0,
         )
 
     def run(self, input_ids: Tensor, positions: Tensor | None, documents: list[list[int]] | None) -> Tensor:

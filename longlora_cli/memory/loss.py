@@ -90,12 +90,19 @@ class _TiledLoss(torch.autograd.Function):
         # In place: the gradients are ours alone, and a second copy of a head's is 2 GiB at 128,256 x 4,096 in float32.
         # A second backward through the same graph is refused by autograd, which sees that they changed.
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden.mul_(grad.to(grad_hidden.dtype)),
-            None if grad_weight is None else grad_weight.mul_(grad).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        for values in (grad_hidden, grad_weight):
+            if values is not None:
+                scale_in_place(values, grad)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_dtype), None, None
+
+
+def scale_in_place(values: Tensor, factor: Tensor) -> None:
+    """Multiply `[rows, width]` or `[width]` in the factor's precision: 1 / tokens in bf16 is wrong by up to 0.4 %."""
+    if values.dtype == factor.dtype:
+        values.mul_(factor)
+        return
+    for rows in values.split(4096):
+        rows.copy_(rows.to(factor.dtype) * factor)
 
 
 def _add_outer(total: Tensor, slope: Tensor, x: Tensor) -> None:

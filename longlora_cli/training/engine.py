@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +17,10 @@ from longlora_cli.memory.generic import use_generic_engine
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.memory.machine import CONTEXT_BYTES, Machine
 from longlora_cli.memory.plan import MemoryPlan, ModelShape
-from longlora_cli.memory.planner import longest_context, make_plan
+from longlora_cli.memory.planner import longest_context, roomy_plan
 from longlora_cli.models.loading import LoadedModel
 
+_log = logging.getLogger("longlora")
 # Bytes of one weight: NF4 with doubly quantized scales is 4.127 bits, measured; int8 has one scale a row.
 _QUANTIZED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
 _OPTIMIZER_BYTES = {
@@ -26,9 +28,6 @@ _OPTIMIZER_BYTES = {
     "adamw_8bit": 2.0,
     "paged_adamw_8bit": 0.0,
 }  # paged state leaves when needed
-# A plan that filled an H100 made torch's allocator give blocks back twice a step, which cost 5-10 % of it; with 7 %
-# left it never did, and held 1.7 GiB (2.3 %) more than the tensors.
-_ALLOCATOR_SHARE = 0.03
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -78,10 +77,15 @@ def machine_for(settings: TrainConfig, device: torch.device, processes: int, ele
     """Memory and rates of this machine, within the user's limits; the processes on it share the host.
 
     Raises:
-        SettingsError: A limit on a GPU that is not used.
+        SettingsError: A limit on a GPU that is not used, or a disk folder that is not there.
     """
     if settings.gpu_memory is not None and device.type != "cuda":
         raise SettingsError("--gpu-memory has no effect on a CPU", hint="Use --host-memory.")
+    if settings.disk_offload is not None and not settings.disk_offload.is_dir():
+        raise SettingsError(
+            f"--disk-offload {settings.disk_offload} is not a folder",
+            hint="Make it, on a fast disk, or name another.",
+        )
     machine = Machine.detect(
         device,
         gpu_limit_bytes=settings.gpu_memory,
@@ -94,10 +98,8 @@ def machine_for(settings: TrainConfig, device: torch.device, processes: int, ele
         total = torch.cuda.get_device_properties(device).total_memory
         share = max(settings.gpu_memory - CONTEXT_BYTES, 0) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    gpu = machine.gpu_bytes
     return replace(
         machine,
-        gpu_bytes=int((1 - _ALLOCATOR_SHARE) * gpu) if device.type == "cuda" else gpu,
         host_bytes=machine.host_bytes // processes,
         disk_bytes=machine.disk_bytes // processes,
     )
@@ -164,7 +166,9 @@ class Planner:
 
     def _make(self, tokens: int, documents: Sequence[int] | None) -> MemoryPlan:
         if tokens not in self.made:
-            self.made[tokens] = make_plan(self.shape, tokens, self.machine, documents=documents, **self._same)
+            self.made[tokens] = roomy_plan(
+                self.shape, tokens, self.machine, documents=documents, **self._same
+            )
         return self.made[tokens]
 
 
@@ -191,12 +195,29 @@ class RunningEngine:
             self.arena.close()
 
 
+# Parts of a plan that only the fused path can follow.
+_FUSED_ONLY = ("keep_attention", "keep_qkv", "keep_gate_up", "kv_heads_per_call")
+
+
 def choose_path(settings: TrainConfig, fault: str | None) -> str:
     """`fused`, `generic` or `none` for a model with this `fused_fault`.
 
     Raises:
         IncompatibleError: The fused path or S2-Attn was asked for, and the model cannot have it.
+        SettingsError: A part of the plan that would have no effect on the path.
     """
+    path = _path(settings, fault)
+    inert = [key for key in settings.fixed_plan() if key in _FUSED_ONLY]
+    if path == "generic" and inert:
+        raise SettingsError(
+            f"--plan {inert[0]}=... has no effect here: it belongs to the fused path",
+            rule=f"This model takes the generic one{f': {fault}' if fault else ''}.",
+            hint="Leave it out; group, offload and tile_tokens work on every path.",
+        )
+    return path
+
+
+def _path(settings: TrainConfig, fault: str | None) -> str:
     asked = settings.engine
     if fault is None:
         return "fused" if asked == "auto" else asked
@@ -223,7 +244,9 @@ def start_engine(loaded: LoadedModel, planner: Planner, longest_tokens: int) -> 
         IncompatibleError: From `choose_path`.
     """
     settings, model = planner.settings, loaded.causal_lm
-    path = choose_path(settings, fused_fault(model))
+    fault = fused_fault(model)
+    path = choose_path(settings, fault)
+    _log.info("engine: %s%s", path, f" ({fault})" if fault and path == "generic" else "")
     if path == "none":
         return RunningEngine(path, None, None, use_tiled_loss(model, settings.loss_tile))
     plan_for = planner.plan

@@ -386,3 +386,27 @@ def test_bf16_under_autocast_stays_in_bf16() -> None:
         loss, grads = outcome(wrapped, batch([[12]]))
     assert loss.dtype == torch.float32
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
+
+
+def test_shifted_groups_are_for_training_and_full_attention_for_what_is_measured_meanwhile() -> None:
+    wrapped = build()
+    inputs = {k: v for k, v in batch([[30]]).items() if k != "labels"}
+    model = wrapped.get_base_model()
+    with torch.no_grad():
+        expected = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    full = outcome_with(wrapped, plan((2, 3)))
+    shifted = outcome_with(wrapped, plan((2, 3), shifted_group=8))
+    assert not torch.allclose(full, shifted, rtol=1e-6)
+    use_engine(model, lambda n: plan((2, 3), shifted_group=8), arena=HostArena(torch.device("cpu"), 1 << 20))
+    with torch.no_grad():
+        found = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def outcome_with(wrapped: Any, chosen: MemoryPlan) -> Tensor:
+    """The training loss under a plan."""
+    arena = HostArena(torch.device("cpu"), 1 << 24)
+    undo = use_engine(wrapped.get_base_model(), lambda tokens: chosen, arena=arena)
+    loss, _ = outcome(wrapped, batch([[30]]))
+    undo()
+    return loss

@@ -12,7 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longlora_cli.memory import loss as losses_module
-from longlora_cli.memory.loss import IGNORE, plain_loss, tiled_loss, token_losses, use_tiled_loss
+from longlora_cli.memory.loss import (
+    IGNORE,
+    plain_loss,
+    scale_in_place,
+    tiled_loss,
+    token_losses,
+    use_tiled_loss,
+)
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,3 +171,13 @@ def test_a_tied_embedding_gets_the_gradient_of_both_its_uses(tiny_model_folder: 
     model(input_ids=ids, labels=ids).loss.backward()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     torch.testing.assert_close(model.lm_head.weight.grad, wanted, rtol=1e-4, atol=1e-8)
+
+
+def test_the_factor_of_a_16_bit_gradient_is_not_rounded_to_16_bits() -> None:
+    values, factor = torch.full((3, 4), 1.0, dtype=torch.bfloat16), torch.tensor(1 / 300)
+    scale_in_place(values, factor)
+    exact = torch.tensor(1 / 300).to(torch.bfloat16)
+    assert torch.equal(values, exact.expand(3, 4))
+    values = torch.full((3, 4), 3.0, dtype=torch.bfloat16)
+    scale_in_place(values, factor)
+    assert torch.equal(values, torch.tensor(3 / 300).to(torch.bfloat16).expand(3, 4))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from step_walk import Walk
 
@@ -18,7 +18,7 @@ from longlora_cli.errors import ResourceError, SettingsError
 from longlora_cli.memory.cost import Setting, StepCost, squared_lengths
 from longlora_cli.memory.machine import Machine
 from longlora_cli.memory.plan import KINDS, LayerPlan, MemoryPlan, ModelShape, Prediction
-from longlora_cli.memory.planner import describe, longest_context, make_plan
+from longlora_cli.memory.planner import describe, longest_context, make_plan, roomy_plan
 
 GIB = 2**30
 LINEARS = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "mlp": (4096, 14336)}
@@ -180,7 +180,12 @@ def test_more_memory_is_never_slower(problem: Problem, more: tuple[float, float,
     assert large.predicted.seconds <= small.predicted.seconds * (1 + 1e-12)
 
 
+# Two KV heads: a call of one takes more than a call of both.
+TWO_HEADS = ModelShape(1, 32, 2, 2, 8, 64, 64, 4, 0, 0, 0, ("q_proj",), 0.0, 2)
+
+
 @settings(max_examples=15, deadline=None)
+@example(Problem(TWO_HEADS, 5000, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 @given(problems(), LARGER)
 def test_more_memory_is_never_shorter_and_longest_is_the_end_of_what_fits(
     problem: Problem, more: tuple[float, float, float]
@@ -480,3 +485,11 @@ def test_a_machine_measured_slower_predicts_longer_steps() -> None:
 def test_planning_imports_no_torch() -> None:
     code = "import sys, longlora_cli.memory.planner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_roomy_plan_leaves_the_allocator_some_memory_unless_only_a_full_one_fits() -> None:
+    machine = card(40, 64)
+    plan = roomy_plan(llama_8b(), 65_536, machine)
+    assert plan.predicted.peak_gpu_bytes <= 0.97 * machine.gpu_bytes
+    most = longest_context(llama_8b(), machine)
+    assert roomy_plan(llama_8b(), most, machine) == make_plan(llama_8b(), most, machine)

@@ -108,3 +108,20 @@ def test_an_engine_taken_off_leaves_the_models_own_code(tiny_model_folder: Path,
     engine.close()
     changed = [n for n, m in loaded.causal_lm.named_modules() if "forward" in vars(m)]
     assert changed == []
+
+
+@pytest.mark.parametrize("part", ["keep_attention=1", "keep_qkv=1", "keep_gate_up=1", "kv_heads_per_call=1"])
+def test_parts_of_a_plan_that_the_generic_path_cannot_follow_are_refused(part: str) -> None:
+    with pytest.raises(SettingsError, match="no effect"):
+        choose_path(settings(Path("m"), plan=part), "its family is phi3")
+    assert choose_path(settings(Path("m"), plan=part), None) == "fused"
+
+
+def test_a_disk_folder_that_is_not_there_is_refused_before_a_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="not a folder"):
+        machine_for(settings(Path("m"), disk_offload=tmp_path / "no"), torch.device("cpu"), 1, 4)
+
+
+def test_groups_that_cannot_be_halved_are_refused() -> None:
+    with pytest.raises(ValueError, match="odd"):
+        settings(Path("m"), s2_group=5)
