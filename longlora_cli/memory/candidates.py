@@ -58,7 +58,8 @@ class Fixed:
             raise SettingsError(f"offload={offload}", rule=f"It is one of {', '.join(_OFFLOAD)}.")
         if offload == "disk" and not machine.disk_bytes:
             raise SettingsError(
-                "offload=disk without a disk", hint="Name a folder on a fast disk, or use offload=host."
+                "offload=disk without a disk",
+                hint="Name a folder on a fast disk with --disk-offload, or use offload=host.",
             )
         heads = _whole(explicit, "kv_heads_per_call", 0, shape.kv_heads)
         if heads and shape.kv_heads % heads:

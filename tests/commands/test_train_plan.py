@@ -1,0 +1,72 @@
+"""The longest context that fits is trained on, whatever the data was prepared for, and a run keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longlora_cli.commands import train
+from longlora_cli.config import TrainConfig
+from longlora_cli.console import Console
+from longlora_cli.errors import SettingsError
+from longlora_cli.models.source import AdapterRecord
+from longlora_cli.training.engine import Planner
+
+
+@pytest.fixture
+def auto(tiny_model_folder: Path, tiny_data_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny_model_folder),
+        "data": [str(tiny_data_folder)],
+        "device": "cpu",
+        "lora_rank": 4,
+        "max_length": "auto",
+        "out": tmp_path / "run",
+        "epochs": 1,
+        "batch_size": 2,
+        "save_every": 10,
+    }
+
+
+def run(settings: dict[str, Any], *, dry_run: bool = False) -> dict[str, Any]:
+    return train.run(TrainConfig(**settings), Console(json_mode=True), dry_run=dry_run)
+
+
+def test_chunks_longer_than_what_fits_are_cut_there_and_all_trained_on(
+    auto: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planner, "longest", lambda self: 80)
+    result = run(auto)
+    assert result["steps"] == 24 * 3 // 2  # 96 tokens in pieces of 40, 40 and 16, two in a batch
+    record = AdapterRecord.read(auto["out"] / "adapter")
+    assert record is not None
+    assert record.context_length == 40
+
+
+def test_a_run_keeps_its_length_when_other_memory_is_free_later(
+    auto: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planner, "longest", lambda self: 80)
+    run(auto)
+    monkeypatch.setattr(Planner, "longest", lambda self: 128)
+    again = run(auto)
+    assert again["context_length"] == 40
+
+
+def test_what_fits_beyond_the_data_is_no_longer_than_the_data(auto: dict[str, Any]) -> None:
+    assert run(auto, dry_run=True)["context_length"] == 96
+
+
+def test_a_probe_measures_what_the_plan_predicts(auto: dict[str, Any]) -> None:
+    facts = run(auto | {"probe": True}, dry_run=True)
+    assert facts["measured"]["loss"] == pytest.approx(6.2, abs=0.5)  # random weights over 512 tokens: ln 512
+    assert facts["measured"]["seconds"] > 0
+    assert facts["predicted"]["seconds"] > 0
+    assert not auto["out"].exists()
+
+
+def test_a_probe_without_a_dry_run_is_refused(auto: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="dry-run"):
+        run(auto | {"probe": True})
