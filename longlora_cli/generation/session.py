@@ -15,7 +15,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from longlora_cli.errors import SettingsError
-from longlora_cli.generation.ctrl_c import CtrlC
 from longlora_cli.generation.prefill import (
     Advance,
     cache_bytes,
@@ -195,17 +194,15 @@ class Session:
             refuse_overflow(len(ids), max_new_tokens, self.context_length)
         run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token)
         reused = self.reusable(ids)
-        with CtrlC() as ctrl_c:
-            try:
-                self._say(run, list(ids), reused, advance, ctrl_c)
-            except KeyboardInterrupt:
-                run.finish = "interrupted"
+        try:
+            self._say(run, list(ids), reused, advance)
+        except KeyboardInterrupt:
+            run.finish = "interrupted"
         return run.result(prompt_tokens=len(ids), reused_tokens=reused, kv_bytes=self.kv_bytes)
 
-    def _say(self, run: _Run, ids: list[int], reused: int, advance: Advance | None, ctrl_c: CtrlC) -> None:
+    def _say(self, run: _Run, ids: list[int], reused: int, advance: Advance | None) -> None:
         run.accept(self._read(ids, reused, advance))
         while run.finish is None:
-            ctrl_c.check()
             # Noted before it is run: `ids` then covers the cache at every moment.
             self._ids.append(run.ids[-1])
             run.accept(step(self.loaded, run.ids[-1], self._cache))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import signal
 
 import pytest
 import torch
@@ -137,20 +135,6 @@ def test_ctrl_c_while_reading_keeps_the_chunks_that_were_read(tiny):
     resumed = ask(session, ids)
     assert resumed.reused_tokens == 48
     assert resumed.ids == ask(Session(tiny), ids).ids
-
-
-def test_ctrl_c_that_a_librarys_callback_swallows_still_stops_the_answer(tiny):
-    def swallowed(token, piece):
-        if token is not None and len(heard) == 2:
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        heard.append(token)
-
-    heard: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    stopped = ask(Session(tiny), random_ids(20), on_token=swallowed)
-    assert (stopped.finish, len(stopped.ids)) == ("interrupted", 3)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def interrupt_after_chunks(count):
