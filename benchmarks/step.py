@@ -8,9 +8,10 @@
     python benchmarks/step.py LLAMA8B --peer-log LOG --peer-command "..." --rows ROWS.jsonl --commit HASH --machine ...
 
 LLAMA8B is a folder with the shape of Llama-3.1-8B and random weights (`--make`): memory and time do not depend on
-their values. It is held in NF4 with double quantization and trained by LoRA of rank 32 on all seven linear layers,
-SmolLM2 in bf16; batch 1, random ids as their own labels, 8-bit paged AdamW. One step warms up; the fastest of the
-others counts. From 256K on one step is timed, after a warm-up at 8K. Sizes are GiB; `--cap-gb` is 10^9 bytes.
+their values; `random` in its place builds the same model in memory, in seconds. It is held in NF4 with double
+quantization and trained by LoRA of rank 32 on all seven linear layers, SmolLM2 in bf16; batch 1, random ids as their
+own labels, 8-bit paged AdamW. One step warms up; the fastest of the others counts. From 256K on one step is timed,
+after a warm-up at 8K. Sizes are GiB; `--cap-gb` is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import transformers
+from random_model import make_llama8b
 from results import add_rows
 from step_check import check
 from step_rig import (
     GIB,
+    RANDOM,
     Measured,
     build,
     cap_memory,
     longest,
-    make_llama8b,
     measure_or_none,
     release,
     say,
@@ -225,6 +227,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--peer-log needs --rows and --peer-command")
     if options.check and not options.layers:
         options.layers = CHECK_LAYERS
+    if str(options.model) == RANDOM and (options.check or options.make or options.model_kind != "llama8b"):
+        parser.error(
+            "'random' is the 8B shape in NF4; --make, --check and --model-kind smollm2 need a folder"
+        )
     if options.longest and options.model_kind != "llama8b":
         parser.error("--longest is for llama8b")
     return options

@@ -8,10 +8,10 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from random_model import llama8b_config, quantized_in_memory
 
 from longlora_cli.config import AdapterSection
 from longlora_cli.errors import ResourceError
@@ -20,6 +20,7 @@ from longlora_cli.memory.plan import MemoryPlan, ModelShape
 from longlora_cli.models import adapter as adapters
 
 GIB = 2**30
+RANDOM = "random"  # in place of a folder: the 8B shape, built in memory
 RANK = 32
 WARM_UP_TOKENS = 8_192
 # From here on a step takes minutes, so that one is timed and a short one warms up.
@@ -105,7 +106,8 @@ def load_base(options: argparse.Namespace, device: torch.device, *, stack: str, 
     """The base model without adapter, cut to `--layers`; frozen numbers are bf16 or NF4."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = AutoConfig.from_pretrained(options.model)
+    in_memory = str(options.model) == RANDOM
+    config = llama8b_config(0) if in_memory else AutoConfig.from_pretrained(options.model)
     if options.layers:
         config.num_hidden_layers = options.layers
         if getattr(config, "layer_types", None):
@@ -116,11 +118,16 @@ def load_base(options: argparse.Namespace, device: torch.device, *, stack: str, 
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    attention = "sdpa" if stack == "hf" else attention_name("auto", device)
+    if in_memory:
+        model = quantized_in_memory(config, device, attention, quantizer)
+        model.config.use_cache = False
+        return model
     model = AutoModelForCausalLM.from_pretrained(
         options.model,
         config=config,
         dtype=torch.bfloat16,
-        attn_implementation="sdpa" if stack == "hf" else attention_name("auto", device),
+        attn_implementation=attention,
         quantization_config=quantizer if quantized else None,
         device_map={"": device},
     )
@@ -276,27 +283,3 @@ def longest(rig: Rig, steps: int | None) -> Measured | None:
 def say(line: str) -> None:
     """Print at once: a run can be cut off."""
     print(line, flush=True)
-
-
-def make_llama8b(folder: Path, device: torch.device, layers: int) -> None:
-    """Write a model with the shape of Llama-3.1-8B, random weights, and positions for two million tokens."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers or 32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=2**21,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e8},
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
