@@ -10,8 +10,8 @@
 LLAMA8B is a folder with the shape of Llama-3.1-8B and random weights (`--make`): memory and time do not depend on
 their values; `random` in its place builds the same model in memory, in seconds. It is held in NF4 with double
 quantization and trained by LoRA of rank 32 on all seven linear layers, SmolLM2 in bf16; batch 1, random ids as their
-own labels, 8-bit paged AdamW. One step warms up; the fastest of the others counts. From 256K on one step is timed,
-after a warm-up at 8K. Sizes are GiB; `--cap-gb` is 10^9 bytes.
+own labels, 8-bit paged AdamW. One step warms up; the fastest of the others counts. From 256K on, and for the
+longest context of all, one step is timed after a warm-up at 8K. Sizes are GiB; `--cap-gb` is 10^9 bytes.
 """
 
 from __future__ import annotations

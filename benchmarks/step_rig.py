@@ -220,13 +220,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(rig: Rig, tokens: int, steps: int | None) -> Measured:
-    """Time steps of one length.
+def measure(rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool = False) -> Measured:
+    """Time steps of one length, after one of that length or, from 256K on or if asked for, of 8K.
 
     Raises:
         torch.OutOfMemoryError, ResourceError: It does not fit.
     """
-    long = tokens >= ONE_STEP_TOKENS
+    long = short_warm_up or tokens >= ONE_STEP_TOKENS
     plan = rig.plan_for(tokens) if rig.stack == "longlora" else None
     if plan is not None and plan.predicted.host_bytes:
         rig.arena.reserve(plan.predicted.host_bytes)  # registering takes 0.6 s/GiB, once in a training
@@ -255,10 +255,12 @@ def measure(rig: Rig, tokens: int, steps: int | None) -> Measured:
     )
 
 
-def measure_or_none(rig: Rig, tokens: int, steps: int | None) -> Measured | None:
+def measure_or_none(
+    rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool = False
+) -> Measured | None:
     """`measure`, or None, with a line said, when it does not fit; the rig can go on."""
     try:
-        return measure(rig, tokens, steps)
+        return measure(rig, tokens, steps, short_warm_up=short_warm_up)
     except (torch.OutOfMemoryError, ResourceError) as error:
         say(f"{rig.stack:9} {tokens:>9,}  does not fit: {str(error).splitlines()[0][:120]}")
     rig.optimizer.zero_grad(set_to_none=True)
@@ -273,7 +275,7 @@ def longest(rig: Rig, steps: int | None) -> Measured | None:
     """
     for _ in range(12):
         tokens = rig.longest()
-        found = measure_or_none(rig, tokens, steps)
+        found = measure_or_none(rig, tokens, steps, short_warm_up=True)
         if found is not None:
             return found
         rig.machine = replace(rig.machine, gpu_bytes=int(rig.machine.gpu_bytes * 0.97))

@@ -109,7 +109,7 @@ def test_a_context_that_does_not_fit_is_tried_again_with_a_plan_for_less_memory(
         def longest(self) -> int:
             return self.machine.gpu_bytes // 10
 
-    def runs_below_9500(rig: Rig, tokens: int, steps: int | None) -> int | None:
+    def runs_below_9500(rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool) -> int | None:
         tried.append(tokens)
         return tokens if tokens < 9500 else None
 
