@@ -112,6 +112,7 @@ def rows_of(
     if m.plan is not None:
         figures.append(("host_gib", round(m.host_bytes / GIB, 2), "GiB"))
         figures.append(("tflops", round(flop_rates(m)[0], 1), "TFLOP/s"))
+        common["note"] = f"Attention of {stack}: {m.kernel}."
     return [common | {"metric": name, "value": value, "unit": unit} for name, value, unit in figures]
 
 

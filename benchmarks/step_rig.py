@@ -16,6 +16,7 @@ from random_model import llama8b_config, quantized_in_memory
 from longlora_cli.config import AdapterSection
 from longlora_cli.errors import ResourceError
 from longlora_cli.memory.attention import attention_name
+from longlora_cli.memory.attention_kernels import choose_kernel
 from longlora_cli.memory.plan import MemoryPlan, ModelShape
 from longlora_cli.models import adapter as adapters
 
@@ -41,6 +42,7 @@ class Rig:
         arena: Host memory of the engine.
         plan: Options of `make_plan`.
         undo: Gives the model its own layers back.
+        kernel: Attention backend of the engine.
     """
 
     causal_lm: Any
@@ -52,6 +54,13 @@ class Rig:
     arena: Any = None
     plan: dict[str, Any] = field(default_factory=dict)
     undo: Callable[[], None] = field(default=lambda: None)
+    kernel: str = "auto"
+
+    def kernel_name(self, tokens: int) -> str:
+        """Which attention the engine takes for one document of so many tokens."""
+        if self.stack == "hf":
+            return "sdpa"
+        return choose_kernel(self.kernel, self.device, torch.bfloat16, self.shape.head_dim, tokens).name
 
     def plan_for(self, tokens: int) -> MemoryPlan:
         """The plan of this many tokens on the machine as it is now."""
@@ -100,6 +109,7 @@ class Measured:
     host_bytes: int
     loss: float
     plan: MemoryPlan | None
+    kernel: str
 
 
 def load_base(options: argparse.Namespace, device: torch.device, *, stack: str, quantized: bool) -> Any:
@@ -184,6 +194,7 @@ def build(options: argparse.Namespace, stack: str, device: torch.device) -> Rig:
     limit = int(options.cap_gb * 1e9) if options.cap_gb else None
     rig.machine = Machine.detect(device, gpu_limit_bytes=limit)
     rig.arena = HostArena(device, rig.machine.host_bytes_for_activations)
+    rig.kernel = options.kernel
     rig.plan = {"shifted_group": options.s2_group, "explicit": options.plan}
     rig.undo = use_engine(causal_lm, rig.plan_for, arena=rig.arena, kernel=options.kernel)
     return rig
@@ -252,6 +263,7 @@ def measure(rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool = F
         host_bytes=rig.arena.peak_bytes if rig.arena is not None else 0,
         loss=loss,
         plan=plan,
+        kernel=rig.kernel_name(tokens),
     )
 
 
