@@ -27,7 +27,7 @@ from longlora_cli.memory.planner import PLACES
 
 # Ratios that are looked for. Unknown chips are assumed at 100 TFLOP/s and some do 500; on a tiny model a GPU waits
 # for its kernels to be started and takes hundreds of times what its arithmetic needs.
-_LEAST_RATIO, _MOST_RATIO = 2.0**-6, 2.0**10
+_LEAST_RATIO, _MOST_RATIO = 2.0**-6, 2.0**14
 _HALVINGS = 40
 # A batch that takes no more than this much of what its copies alone take says nothing about computation.
 _COPY_BOUND = 1.25

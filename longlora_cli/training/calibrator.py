@@ -72,7 +72,10 @@ def measure_batch(
 
 
 def _retries(device: torch.device) -> int:
-    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    # As a nested dictionary: `memory_stats` flattens and sorts two hundred numbers each time.
+    return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_alloc_retries", 0))
 
 
 class BatchCalibrator:
