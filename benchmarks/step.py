@@ -3,7 +3,7 @@
     python benchmarks/step.py LLAMA8B --make
     python benchmarks/step.py LLAMA8B --seq 32k 128k --rows ROWS.jsonl --commit HASH --machine "1x H100 80GB"
     python benchmarks/step.py LLAMA8B --longest --cap-gb 24 --rows ROWS.jsonl --commit HASH --machine "1x H100 80GB"
-    python benchmarks/step.py LLAMA8B --check --layers 4
+    python benchmarks/step.py LLAMA8B --check --layers 4 [--texts 8]
     python benchmarks/step.py SMOLLM2 --model-kind smollm2 --seq 32k 128k --stack longlora hf --rows ...
     python benchmarks/step.py LLAMA8B --peer-log LOG --peer-command "..." --rows ROWS.jsonl --commit HASH --machine ...
 
@@ -215,6 +215,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--longest", action="store_true", help="find the longest context that runs")
     add("--check", action="store_true", help="compare loss and gradients with a float32 reference")
     add("--slack", type=float, default=1.0, help="with --check: most that our error may be of the plain one")
+    add(
+        "--texts",
+        type=int,
+        default=0,
+        help="with --check: texts of each length; default 8 of 2K, 4 of 8K and more",
+    )
     add("--peer-log", type=Path, help="JSON lines of another stack, to become rows")
     add("--peer-command", default="", help="the command line that printed --peer-log")
     add("--peak-tflops", type=float, default=989.0, help="the chip's dense bf16 peak, for MFU")
@@ -226,6 +232,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("--rows needs --commit and --machine")
     if options.peer_log and not (options.rows and options.peer_command):
         parser.error("--peer-log needs --rows and --peer-command")
+    if options.texts < 0 or (options.texts and not options.check):
+        parser.error("--texts is a number of texts for --check")
     if options.check and not options.layers:
         options.layers = CHECK_LAYERS
     if str(options.model) == RANDOM and (options.check or options.make or options.model_kind != "llama8b"):

@@ -143,3 +143,111 @@ def test_a_step_of_the_engine_and_of_the_plain_path_have_one_loss(
         "tflops",
     }
     assert "groups of" in capsys.readouterr().out
+
+
+def check_options(load: Any, folder: Path) -> argparse.Namespace:
+    """Of a check on a CPU, whose bf16 rounds elsewhere than a GPU's and whose few tokens leave more to chance."""
+    words = [str(folder), "--model-kind", "smollm2", "--check", "--layers", "2"]
+    words += ["--seq", "96", "--texts", "3", "--slack", "1.25"]
+    options: argparse.Namespace = load("step").parse(words)
+    return options
+
+
+def test_losses_and_gradients_of_the_engine_are_as_near_to_float32_as_the_plain_path(
+    load: Any, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    assert load("step_check").check(check_options(load, tiny_model_folder), torch.device("cpu"))
+    shown = capsys.readouterr().out
+    assert "96 tokens, 3 texts" in shown
+    for line in ("token losses", "losses of 64 tokens", "loss ", "q_proj.lora_A", "down_proj.lora_B"):
+        assert f"\n  {line}" in shown
+
+
+def test_an_engine_that_loses_precision_does_not_pass_the_check(
+    load: Any, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from longlora_cli.memory.engine import FusedEngine
+
+    real = FusedEngine.run
+
+    def rough(self: FusedEngine, *args: Any) -> torch.Tensor:
+        x = real(self, *args)
+        return x + 0.004 * x.detach().abs().mean() * torch.randn_like(x)
+
+    monkeypatch.setattr(FusedEngine, "run", rough)
+    assert not load("step_check").check(check_options(load, tiny_model_folder), torch.device("cpu"))
+    (line,) = [s for s in capsys.readouterr().out.splitlines() if "token losses" in s]
+    assert "TOO LARGE" in line
+
+
+def test_token_losses_that_do_not_add_up_to_the_loss_are_refused(
+    load: Any, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from longlora_cli.memory import engine
+
+    real = engine.normed_loss
+
+    def more(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, count = real(*args, **kwargs)
+        return total * (1 + 1e-5), count
+
+    monkeypatch.setattr(engine, "normed_loss", more)
+    with pytest.raises(RuntimeError, match="token losses have the mean"):
+        load("step_check").check(check_options(load, tiny_model_folder), torch.device("cpu"))
+
+
+def with_errors(load: Any, *, spread: float, offset: float = 0.0, seed: int = 0, texts: int = 8) -> list[Any]:
+    """Results of texts whose token losses of 10 nats have independent errors and an offset."""
+    import torch
+
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(texts):
+        tokens = 10 + offset + spread * torch.randn(2047, generator=draw, dtype=torch.float64)
+        found.append(load("step_check").Result(float(tokens.mean()), tokens, {"w.lora_A": torch.ones(1)}))
+    return found
+
+
+def test_a_path_of_equal_precision_passes_though_the_other_was_lucky(load: Any) -> None:
+    module = load("step_check")
+    exact = with_errors(load, spread=0.0)
+    plain = with_errors(load, spread=0.01, seed=1)
+    lucky = [module.Result(e.loss + 1e-7, p.tokens, p.gradients) for e, p in zip(exact, plain, strict=True)]
+    ours = [with_errors(load, spread=0.0098, seed=seed) for seed in range(2, 22)]
+    assert sum(module.compare(2048, exact, found, lucky, 1.0) for found in ours) == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"spread": 0.011}, "token losses"),
+        ({"spread": 0.0098, "offset": 0.002}, "losses of 64 tokens"),
+        ({"spread": 0.0098, "offset": 0.002}, "loss "),
+    ],
+)
+def test_each_size_of_error_has_the_line_that_finds_it(
+    load: Any, changes: dict[str, float], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact, plain = with_errors(load, spread=0.0), with_errors(load, spread=0.01, seed=1)
+    ours = with_errors(load, seed=2, **changes)
+    assert not load("step_check").compare(2048, exact, ours, plain, 1.0)
+    (shown,) = [s for s in capsys.readouterr().out.splitlines() if s.startswith(f"  {line}")]
+    assert "TOO LARGE" in shown
+
+
+@pytest.mark.parametrize(("numbers", "chi_squared"), [(4, 13.277), (8, 20.090), (64, 93.217)])
+def test_the_allowance_for_few_texts_is_the_99_percent_point_of_chi_squared(
+    load: Any, numbers: int, chi_squared: float
+) -> None:
+    assert load("step_check").chance(numbers) ** 2 == pytest.approx(chi_squared / numbers, rel=0.01)
+
+
+def test_longer_texts_are_fewer_but_never_one(load: Any) -> None:
+    of = load("step_check").default_texts
+    assert [of(n) for n in (512, 2048, 4096, 8192, 32768)] == [8, 8, 4, 4, 4]

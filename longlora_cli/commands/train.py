@@ -25,6 +25,7 @@ from longlora_cli.options import write_recipe
 from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.storage import atomic_folder, folder_lock, is_artifact, sha256_of
 from longlora_cli.training import checkpoint
+from longlora_cli.training.calibrator import BatchCalibrator
 from longlora_cli.training.callbacks import LogLines, StopSignals
 from longlora_cli.training.engine import start_engine
 from longlora_cli.training.meter import StepMeter
@@ -130,9 +131,10 @@ def _train(
         else:
             with show_log(console) if mesh.is_main else nullcontext():
                 engine = start_engine(loaded, planned.planner, planned.longest_batch)
+                calibrator = BatchCalibrator.of(engine, planned.planner, loaded.device)
                 try:
                     result = _run_trainer(
-                        config, console, mesh, run_folder, planned.data, loaded, record, newest
+                        config, console, mesh, run_folder, planned.data, loaded, record, newest, calibrator
                     )
                 finally:
                     engine.close()
@@ -178,13 +180,14 @@ def _run_trainer(
     loaded: LoadedModel,
     record: Any,
     newest: Path | None,
+    calibrator: BatchCalibrator | None,
 ) -> dict[str, Any]:
     pad = loaded.tokenizer.pad_token_id
     pad_id = pad if pad is not None else loaded.tokenizer.eos_token_id or 0
     meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device)
     evaluator = make_evaluator(config, loaded, mesh) if config.eval_data is not None else None
     trainer = LongContextTrainer(
-        config, loaded, data, partial(collate, pad_id=pad_id), record, mesh, meter, evaluator
+        config, loaded, data, partial(collate, pad_id=pad_id), record, mesh, meter, evaluator, calibrator
     )
     from transformers import PrinterCallback
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from longlora_cli.console import Console
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.data.shorter import ShorterChunks
 from longlora_cli.errors import SettingsError
+from longlora_cli.memory.calibration import Calibration
+from longlora_cli.memory.plan import MemoryPlan
 from longlora_cli.memory.planner import describe as describe_plan
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_dtype, choose_quantization, load_model
@@ -141,37 +143,66 @@ def describe(config: TrainConfig, planned: PlannedTraining, console: Console) ->
     rows = describe_plan(plan, planned.planner.shape, planned.planner.machine)
     facts["predicted"] = {}
     if planned.path == "fused":
-        facts["predicted"] = {
-            "peak_gpu_bytes": plan.predicted.peak_gpu_bytes,
-            "host_bytes": plan.predicted.host_bytes,
-            "disk_bytes": plan.predicted.disk_bytes,
-            "seconds": plan.predicted.seconds,
-        }
+        facts["predicted"] = _predicted(plan)
     else:  # the plan's arithmetic is the fused path's; the generic one follows these parts of it and takes more
         rows = [row for row in rows if row[0] in _GENERIC_ROWS]
         rows.append(("memory and time", "not predicted on the generic path; --probe measures them"))
     console.table(f"memory plan for {planned.longest_batch:,} tokens", ["", ""], rows)
     facts["plan"] = dict(rows)
     if config.probe:
-        loaded = load_trained(config, None, planned.context_length)
-        engine = start_engine(loaded, planned.planner, planned.longest_batch)
-        try:
-            measured = probe(config, loaded, engine, planned.data[planned.longest])
-        finally:
-            engine.close()
-        facts["measured"] = measured
-        console.table("probe", ["", "predicted", "measured"], _compared(facts["predicted"], measured))
+        facts |= _probe(config, planned, console, facts["predicted"])
     return {"dry_run": True, **facts}
 
 
-def _compared(predicted: dict[str, Any], measured: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of predicted against measured; what cannot be measured here is left empty."""
+def _probe(
+    config: TrainConfig, planned: PlannedTraining, console: Console, predicted: dict[str, Any]
+) -> dict[str, Any]:
+    """Run one longest step, and say what was measured and what the plan becomes with it."""
+    planner = planned.planner
+    loaded = load_trained(config, None, planned.context_length)
+    engine = start_engine(loaded, planner, planned.longest_batch)
+    try:
+        found = probe(config, loaded, engine, planner, planned.data[planned.longest])
+    finally:
+        engine.close()
+    facts: dict[str, Any] = {"measured": found.measured}
+    calibrated: dict[str, Any] = {}
+    if found.calibration is not None:
+        planner.recalibrate(found.calibration)
+        calibrated = _predicted(planner.plan(planned.longest_batch))
+        facts |= {"calibration": asdict(found.calibration), "calibrated": calibrated}
+    rows = _compared(predicted, found.measured, calibrated)
+    console.table("probe", ["", "predicted", "measured", "calibrated"], rows)
+    if found.calibration is not None:
+        console.table("calibration", ["", ""], _corrections(found.calibration))
+    return facts
+
+
+def _predicted(plan: MemoryPlan) -> dict[str, Any]:
+    names = ("peak_gpu_bytes", "host_bytes", "disk_bytes", "seconds")
+    return {name: getattr(plan.predicted, name) for name in names}
+
+
+def _corrections(calibration: Calibration) -> list[tuple[str, str]]:
+    """What the measured step says about this machine; a training finds it by itself in its first batches."""
+    copies = calibration.copy_bytes_per_second
+    return [
+        ("time of computation", f"{calibration.seconds_ratio:.2f} of what was assumed"),
+        ("copies each way", "not measured" if copies is None else f"{copies / 1e9:.1f} GB/s"),
+        ("GPU memory to leave", f"{calibration.left_gpu_bytes / 2**30:.2f} GiB"),
+    ]
+
+
+def _compared(
+    predicted: dict[str, Any], measured: dict[str, Any], calibrated: dict[str, Any]
+) -> list[tuple[str, str, str, str]]:
+    """Rows of predicted, measured and predicted with what was learnt; what one of them does not know is empty."""
     rows = []
-    for name, value in measured.items():
-        before = predicted.get(name)
+    for name in measured:
+        values = [found.get(name) for found in (predicted, measured, calibrated)]
         if name.endswith("_bytes"):
-            then, now = (f"{v / 2**30:.2f} GiB" if v is not None else "" for v in (before, value))
+            shown = [f"{v / 2**30:.2f} GiB" if v is not None else "" for v in values]
         else:
-            then, now = (f"{v:.3f}" if v is not None else "" for v in (before, value))
-        rows.append((name.removesuffix("_bytes").replace("_", " "), then, now))
+            shown = [f"{v:.3f}" if v is not None else "" for v in values]
+        rows.append((name.removesuffix("_bytes").replace("_", " "), shown[0], shown[1], shown[2]))
     return rows

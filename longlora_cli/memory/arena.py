@@ -96,6 +96,16 @@ class HostArena:
             self, _release, os.getpid(), self._range, self._spill, [self._out, self._in]
         )
 
+    @property
+    def registered_bytes(self) -> int:
+        """Host memory that was made real and registered so far."""
+        return self._range.registered_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """The largest block of host memory that can still be saved into."""
+        return self._blocks.largest_bytes
+
     def reserve(self, size_bytes: int) -> None:
         """Register the first `size_bytes` now (about 0.64 s/GiB), so that no training step pays for it.
 

@@ -27,7 +27,7 @@ from longlora_cli.memory.plan_table import describe, size
 
 __all__ = ["describe", "longest_context", "make_plan"]
 
-_PLACES: tuple[Place, ...] = ("recompute", "gpu", "host", "disk")
+PLACES: tuple[Place, ...] = ("recompute", "gpu", "host", "disk")
 _TILES = (16384, 8192, 4096, 2048, 1024, 512, 256)
 _LOSS_SHARE = 4  # a row of logits takes ten times the vocabulary, more than an MLP row: fewer rows at once
 _MOST_ELEMENTS = 2**31  # kernels with 32-bit indices end here
@@ -345,13 +345,13 @@ def _most(holds: Callable[[Array], Array], most: Array) -> Array:
 
 def _plan_of(search: _Search, found: _Found, shifted_group: int) -> MemoryPlan:
     setting, cost = found.setting, search.cost
-    layers = tuple(LayerPlan(*(_PLACES[place] for place in layer)) for layer in found.places.T)
+    layers = tuple(LayerPlan(*(PLACES[place] for place in layer)) for layer in found.places.T)
     predicted = Prediction(
         found.gpu_bytes, found.host_bytes, found.disk_bytes, found.seconds, found.flops,
         cost.flops.model(cost.shape.layers),
     )  # fmt: skip
     return MemoryPlan(
-        cost.tokens, layers, _PLACES[setting.inner_input], _PLACES[setting.inner_attention],
+        cost.tokens, layers, PLACES[setting.inner_input], PLACES[setting.inner_attention],
         min(setting.tile_tokens, cost.tokens), min(setting.loss_tile, cost.tokens),
         setting.kv_heads_per_call, shifted_group, predicted,
     )  # fmt: skip

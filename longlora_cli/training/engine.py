@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from longlora_cli.config import TrainConfig
-from longlora_cli.errors import IncompatibleError, SettingsError
+from longlora_cli.errors import IncompatibleError, ResourceError, SettingsError
 from longlora_cli.memory.arena import HostArena
+from longlora_cli.memory.calibration import Calibration
 from longlora_cli.memory.engine import fused_fault, use_engine
 from longlora_cli.memory.generic import use_generic_engine
 from longlora_cli.memory.loss import use_tiled_loss
@@ -119,16 +120,17 @@ def outline_fault(model_config: Any, settings: TrainConfig, quantization: str) -
         return fused_fault(AutoModelForCausalLM.from_config(model_config), adapted=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planner:
     """Plans for batches of one training.
 
     Args:
         settings: What the user fixed.
         shape: The model.
-        machine: The memory there is.
+        machine: The memory there is, and the rates that are assumed.
         documents: Lengths of the documents in the longest batch.
         made: Plans made so far, by tokens.
+        calibration: What measured batches have corrected.
     """
 
     settings: TrainConfig
@@ -136,6 +138,12 @@ class Planner:
     machine: Machine
     documents: tuple[int, ...] = ()
     made: dict[int, MemoryPlan] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def recalibrate(self, calibration: Calibration) -> None:
+        """Make plans with these corrections from now on; call it between two batches."""
+        self.calibration = calibration
+        self.made.clear()
 
     def plan(self, tokens: int) -> MemoryPlan:
         """The plan for a batch of this many tokens in all.
@@ -166,9 +174,16 @@ class Planner:
 
     def _make(self, tokens: int, documents: Sequence[int] | None) -> MemoryPlan:
         if tokens not in self.made:
-            self.made[tokens] = roomy_plan(
-                self.shape, tokens, self.machine, documents=documents, **self._same
-            )
+            machine = self.calibration.machine(self.machine)
+            try:
+                made = roomy_plan(self.shape, tokens, machine, documents=documents, **self._same)
+            except ResourceError:
+                if not self.calibration.left_gpu_bytes:
+                    raise
+                # A batch that has been running so far goes on, in all the memory there is.
+                machine = replace(self.calibration, left_gpu_bytes=0).machine(self.machine)
+                made = roomy_plan(self.shape, tokens, machine, documents=documents, **self._same)
+            self.made[tokens] = made
         return self.made[tokens]
 
 
@@ -257,6 +272,8 @@ def start_engine(loaded: LoadedModel, planner: Planner, longest_tokens: int) -> 
         disk=settings.disk_offload,
         disk_bytes=longest.predicted.disk_bytes,
     )
+    # The file has its size now; plans of shorter batches and later ones must do with it.
+    planner.machine = replace(planner.machine, disk_bytes=longest.predicted.disk_bytes)
     if path == "fused":
         take_off = use_engine(model, plan_for, arena=arena, kernel=settings.attention)
         return RunningEngine(path, plan_for, arena, take_off)

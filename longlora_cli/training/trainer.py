@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from longlora_cli.models.loading import LoadedModel
 from longlora_cli.models.source import AdapterRecord
 from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.training import checkpoint
+from longlora_cli.training.calibrator import BatchCalibrator
 from longlora_cli.training.meter import StepMeter, release_memory
 
 Evaluator = Callable[[], dict[str, float]]
@@ -80,6 +82,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         mesh: The processes.
         meter: Counts tokens, FLOPs and memory.
         evaluator: Returns metrics of the model as it is; None without evaluation data.
+        calibrator: Corrects the memory plans by what batches take; None leaves them as they are.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         mesh: Mesh,
         meter: StepMeter,
         evaluator: Evaluator | None = None,
+        calibrator: BatchCalibrator | None = None,
     ) -> None:
         super().__init__(
             model=loaded.model,
@@ -105,7 +109,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         # The loss divides by the step's label count over micro-batches and processes, not by Trainer.
         self.model_accepts_loss_kwargs = True
         self.loaded, self.record, self.mesh, self.meter = loaded, record, mesh, meter
-        self.evaluator = evaluator
+        self.evaluator, self.calibrator = evaluator, calibrator
         self.run_folder, self.keep = config.out, config.keep_checkpoints
         self._loss_is_finite = True
         self._last_loss = 0.0
@@ -119,10 +123,13 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         self.meter.count(inputs["document_lengths"])
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # a step of masked labels only has loss 0
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._last_loss = float(loss)
+        with self.calibrator.batch(inputs["document_lengths"]) if self.calibrator else nullcontext():
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            self._last_loss = float(loss)
         self._loss_is_finite &= math.isfinite(self._last_loss)
         self.meter.end_step()
+        if self.calibrator and (news := self.calibrator.news()):
+            self.log(news)
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:

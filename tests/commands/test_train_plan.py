@@ -67,6 +67,44 @@ def test_a_probe_measures_what_the_plan_predicts(auto: dict[str, Any]) -> None:
     assert not auto["out"].exists()
 
 
+def test_a_probe_predicts_what_it_measured_once_it_has_measured_it(
+    auto: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    facts = train.run(TrainConfig(**auto | {"probe": True}), Console(), dry_run=True)
+    assert facts["calibrated"]["seconds"] == pytest.approx(facts["measured"]["seconds"], rel=0.1)
+    assert facts["calibration"]["seconds_ratio"] != 1.0
+    assert facts["calibration"]["copy_bytes_per_second"] > 0
+    shown = capfd.readouterr()
+    assert "calibrated" in shown.out + shown.err
+    assert "GB/s" in shown.out + shown.err
+
+
+def test_a_probe_of_the_generic_path_measures_and_corrects_nothing(auto: dict[str, Any]) -> None:
+    facts = run(auto | {"probe": True, "engine": "generic"}, dry_run=True)
+    assert facts["measured"]["seconds"] > 0
+    assert "calibrated" not in facts
+
+
+@pytest.mark.parametrize(("long_tokens", "first"), [(192, 16), (193, 96)])
+def test_a_probe_of_many_tokens_warms_up_with_few(
+    auto: dict[str, Any], monkeypatch: pytest.MonkeyPatch, long_tokens: int, first: int
+) -> None:
+    from longlora_cli.training import probe
+
+    widths = []
+    real = probe._forward_backward
+
+    def watched(loaded: Any, batch: dict[str, Any]) -> float:
+        widths.append(batch["input_ids"].shape)
+        return real(loaded, batch)
+
+    monkeypatch.setattr(probe, "_LONG_TOKENS", long_tokens)
+    monkeypatch.setattr(probe, "_SHORT_TOKENS", 16)
+    monkeypatch.setattr(probe, "_forward_backward", watched)
+    run(auto | {"probe": True}, dry_run=True)
+    assert widths == [(2, first), (2, 96)]
+
+
 def test_a_probe_without_a_dry_run_is_refused(auto: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="dry-run"):
         run(auto | {"probe": True})

@@ -125,3 +125,17 @@ def test_a_disk_folder_that_is_not_there_is_refused_before_a_model_is_read(tmp_p
 def test_groups_that_cannot_be_halved_are_refused() -> None:
     with pytest.raises(ValueError, match="odd"):
         settings(Path("m"), s2_group=5)
+
+
+def test_later_plans_do_with_the_disk_file_of_the_longest_batch(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    config = settings(tiny_model_folder, disk_offload=tmp_path, plan="offload=disk")
+    loaded = load_model(config, config, context_length=128, training=True)
+    loaded.model = adapters.attach(loaded.model, config, quantization="none")
+    machine = machine_for(config, torch.device("cpu"), 1, 4)
+    planner = Planner(config, model_shape(loaded.causal_lm.config, config, "none", 4), machine)
+    longest = planner.plan(128).predicted.disk_bytes
+    start_engine(loaded, planner, 128).close()
+    assert 0 < longest == planner.machine.disk_bytes < machine.disk_bytes
+    assert 0 < planner.plan(96).predicted.disk_bytes < longest
