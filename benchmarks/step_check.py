@@ -28,6 +28,7 @@ def check(options: argparse.Namespace, device: torch.device) -> bool:
     lengths = options.seq or list(SEQ)
     texts = [torch.randint(3, 512, (1, tokens), device=device) for tokens in lengths]
     rig = build(options, "longlora", device)
+    rig.settle(max(lengths))
     model = rig.causal_lm
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -35,6 +36,7 @@ def check(options: argparse.Namespace, device: torch.device) -> bool:
             torch.nn.init.normal_(parameter, std=_B_DEVIATION)
     ours = [_loss_and_gradients(model, ids, autocast=False) for ids in texts]
     rig.undo()
+    rig.put_back()
     model.set_attn_implementation("sdpa")
     plain = [_loss_and_gradients(model, ids, autocast=True) for ids in texts]
     reference_model = _reference(options, model, device)

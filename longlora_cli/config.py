@@ -217,7 +217,7 @@ class EngineSection(Section):
                 )
             places = _PLAN_PLACES.get(key)
             if places is not None and value not in places:
-                raise ValueError(f"--plan {item}: {' or '.join(places)}")
+                raise ValueError(f"--plan {item}: {', '.join(places[:-1])} or {places[-1]}")
             if places is None:
                 try:
                     parse_length(value)

@@ -129,12 +129,13 @@ class _HostRows:
         Raises:
             IndexError: An id that the table does not have.
         """
-        found = torch.empty(ids.numel(), self._weight.shape[1], dtype=self._weight.dtype, device=ids.device)
+        width = self._weight.shape[1]
+        found = torch.empty(ids.numel(), width, dtype=self._weight.dtype, device=ids.device)
         wanted = ids.reshape(-1).cpu()  # waits for the GPU; ids are known before a step, so for nothing else
         each = self._halves.shape[1]
         for part, target in zip(wanted.split(each), found.split(each), strict=True):
             self._copy(part, target)
-        return found.view(*ids.shape, -1)
+        return found.view(*ids.shape, width)
 
     def _copy(self, ids: Tensor, target: Tensor) -> None:
         turn, self._turn = self._turn, 1 - self._turn
