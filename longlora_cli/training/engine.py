@@ -354,6 +354,11 @@ def _use_fused(
 
     def undo() -> None:
         undo_engine()
-        put_back()
+        try:
+            put_back()
+        except (
+            torch.OutOfMemoryError
+        ):  # optimizer and gradients may be in its place; the adapter is yet to be saved
+            _log.info("the input embedding stays on the host: the GPU has no room for it")
 
     return undo

@@ -220,6 +220,28 @@ def test_an_engine_moves_the_embedding_and_gives_it_back(untied_model_folder: Pa
     assert not {"forward", "_apply"} & vars(embedding).keys()
 
 
+def test_an_embedding_that_does_not_fit_back_stays_on_the_host_and_ends_no_training(
+    untied_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longlora_cli.training import engine as engines
+
+    tried = []
+
+    def full() -> None:
+        tried.append(True)
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(engines, "use_host_embedding", lambda model: full)
+    config = settings(untied_model_folder, plan="embedding=host")
+    loaded = load_model(config, config, context_length=128, training=True)
+    loaded.model = adapters.attach(loaded.model, config, quantization="none")
+    machine = machine_for(config, torch.device("cpu"), 1, 4)
+    shape = model_shape(loaded.causal_lm.config, config, "none", 4, embedding_can_move=True)
+    start_engine(loaded, Planner(config, shape, machine), 128).close()
+    assert tried
+    assert "forward" not in vars(loaded.causal_lm)
+
+
 @pytest.mark.parametrize("part", ["embedding=disk", "embedding=", "embedding"])
 def test_a_place_that_no_embedding_can_have_is_refused(part: str) -> None:
     with pytest.raises(ValueError, match=r"gpu or host|KEY=VALUE"):
