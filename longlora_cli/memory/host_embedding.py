@@ -1,7 +1,8 @@
 """A frozen input embedding in host memory: rows are looked up there, and only these go to the GPU.
 
 An 8B model in NF4 takes 5.75 GiB of a GPU, and 0.98 of them are a bf16 table of which a step reads as many rows as it
-has tokens. On the host it costs a gather by the CPU and a copy of `[tokens, width]`: 1.4 ms a thousand tokens by the plan's rates.
+has tokens. On the host it costs a gather by the CPU and a copy of `[tokens, width]`: 1.4 ms a thousand tokens by the
+plan's rates.
 
 `use_host_embedding` changes one module instance, never a class. The weight stays the parameter it was, under its name,
 so state dicts, optimizers and adapters see nothing but another device. Every call of the module goes this way: the
