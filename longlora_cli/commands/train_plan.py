@@ -98,7 +98,7 @@ def plan_training(
     planner = Planner(config, shape, machine, documents)
     batch = len(data[longest]) * config.batch_size
     if path != "none":
-        planner = planner.decided(batch)  # refused here when it does not fit
+        planner.decide(batch)  # refused here when it does not fit
     cut = data.cut_chunks if isinstance(data, ShorterChunks) else 0
     return PlannedTraining(data, context_length, longest, batch, planner, path, cut)
 

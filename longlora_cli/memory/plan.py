@@ -7,7 +7,7 @@ disk, or is computed again. A layer whose input is computed again belongs to the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Place = Literal["gpu", "host", "disk", "recompute"]
@@ -160,6 +160,10 @@ class ModelShape:
         if self.mlp_matrices < 3:
             del found["gate_proj"]
         return found
+
+    def without_embedding(self) -> ModelShape:
+        """As the GPU holds it while the input embedding waits on the host."""
+        return replace(self, weight_bytes=self.weight_bytes - self.embedding_bytes, embedding_bytes=0)
 
     def kept_bytes(self, kind: str) -> int:
         """Bytes per token that `kind`, one of `KINDS`, of one layer takes."""

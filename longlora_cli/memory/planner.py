@@ -201,8 +201,7 @@ class _Search:
         if fixed.embedding != "host":
             ways.append(cls(StepCost(shape, tokens, squares, machine), machine, fixed, host))
         if fixed.embedding != "gpu" and (moved := shape.embedding_bytes):
-            rest = replace(shape, weight_bytes=shape.weight_bytes - moved)
-            cost = StepCost(rest, tokens, squares, machine)
+            cost = StepCost(shape.without_embedding(), tokens, squares, machine)
             ways.append(cls(cost, machine, fixed, host - moved - STAGING_BYTES, moved))
         return ways
 

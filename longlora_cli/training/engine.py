@@ -173,7 +173,7 @@ def outline_fault(model_config: Any, settings: TrainConfig, quantization: str) -
         return fused_fault(AutoModelForCausalLM.from_config(model_config), adapted=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planner:
     """Plans for batches of one training.
 
@@ -209,17 +209,21 @@ class Planner:
         rounded = min(-(-tokens // step) * step, longest)
         return self._make(rounded, self.documents if rounded == longest else None)
 
-    def decided(self, tokens: int) -> Planner:
-        """The planner of a training whose largest batch has this many tokens.
+    def decide(self, tokens: int) -> MemoryPlan:
+        """Settle where the input embedding is in a training whose largest batch has this many tokens.
 
-        That batch's plan says where the input embedding is; all others are made with it there, for it does not move
-        between steps.
+        That batch's plan says it; all others are made with it there from now on, for it does not move between steps.
+
+        Returns:
+            The plan of that batch.
 
         Raises:
             ResourceError: The batch does not fit.
         """
         plan = self.plan(tokens)
-        return replace(self, embedding="host" if plan.embedding_on_host else "gpu", made={plan.tokens: plan})
+        self.embedding = "host" if plan.embedding_on_host else "gpu"
+        self.made = {plan.tokens: plan}
+        return plan
 
     def longest(self) -> int:
         """Tokens of the longest batch that fits."""
@@ -319,9 +323,7 @@ def start_engine(loaded: LoadedModel, planner: Planner, longest_tokens: int) -> 
     _log.info("engine: %s%s", path, f" ({fault})" if fault and path == "generic" else "")
     if path == "none":
         return RunningEngine(path, None, None, use_tiled_loss(model, settings.loss_tile))
-    planner = planner.decided(longest_tokens)
-    plan_for = planner.plan
-    longest = plan_for(longest_tokens)
+    longest, plan_for = planner.decide(longest_tokens), planner.plan
     moved = planner.shape.embedding_bytes + STAGING_BYTES if longest.embedding_on_host else 0
     arena = HostArena(
         loaded.device,

@@ -198,11 +198,12 @@ def test_a_training_decides_once_where_the_embedding_is() -> None:
     short, long = 256, free.longest()
     assert free.plan(long).embedding_on_host
     assert not free.plan(short).embedding_on_host
-    decided = dataclasses.replace(free, documents=(long,)).decided(long)
-    assert decided.plan(short).embedding_on_host
-    assert decided.decided(long).plan(short).embedding_on_host
-    other = dataclasses.replace(free, documents=(short,)).decided(short)
-    assert not other.plan(short).embedding_on_host
+    training = dataclasses.replace(free, documents=(long,), made={})
+    assert training.decide(long).embedding_on_host
+    assert training.plan(short).embedding_on_host
+    assert training.decide(long).embedding_on_host  # again, as an engine does
+    other = dataclasses.replace(free, documents=(short,), made={})
+    assert not other.decide(short).embedding_on_host
     with pytest.raises(ResourceError):
         other.plan(long)
 
