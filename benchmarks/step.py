@@ -73,18 +73,19 @@ def flop_rates(measured: Measured) -> tuple[float, float]:
 def report(stack: str, m: Measured, peak_tflops: float) -> None:
     """One line of the table, and the plan under it."""
     hardware, model = flop_rates(m)
+    host = (m.host_bytes + m.embedding_bytes) / GIB
     predicted = m.plan.predicted if m.plan else None
     told = [
         f"{v:.2f}" if v is not None else "-"
         for v in (
             predicted and predicted.seconds,
             predicted and (predicted.peak_gpu_bytes - CONTEXT_BYTES) / GIB,  # torch's part
-            predicted and predicted.host_bytes / GIB,
+            predicted and (predicted.host_bytes + m.embedding_bytes) / GIB,
         )
     ]
     say(
         f"{stack:9} {m.tokens:>9,} {m.seconds:>8.2f} {told[0]:>8} {m.tokens / m.seconds:>8,.0f} "
-        f"{m.peak_bytes / GIB:>6.2f} {told[1]:>7} {m.reserved_bytes / GIB:>6.2f} {m.host_bytes / GIB:>6.2f} "
+        f"{m.peak_bytes / GIB:>6.2f} {told[1]:>7} {m.reserved_bytes / GIB:>6.2f} {host:>6.2f} "
         f"{told[2]:>7} {hardware:>7.1f} {model / peak_tflops:>6.1%} {m.loss:>7.4f}"
     )
     if m.plan:
@@ -95,6 +96,7 @@ def report(stack: str, m: Measured, peak_tflops: float) -> None:
             f"          groups of {max(len(g) for g in m.plan.groups())}, tile {m.plan.tile_tokens:,}, "
             f"loss tile {m.plan.loss_tile:,}, kv heads a call {m.plan.kv_heads_per_call or 'all'}, "
             f"inner {m.plan.inner_input}/{m.plan.inner_attention}; {kept}"
+            f"{'; embedding on the host' if m.plan.embedding_on_host else ''}"
         )
 
 
@@ -110,7 +112,7 @@ def rows_of(
         ("peak_gib", round(m.peak_bytes / GIB, 2), "GiB"),
     ]
     if m.plan is not None:
-        figures.append(("host_gib", round(m.host_bytes / GIB, 2), "GiB"))
+        figures.append(("host_gib", round((m.host_bytes + m.embedding_bytes) / GIB, 2), "GiB"))
         figures.append(("tflops", round(flop_rates(m)[0], 1), "TFLOP/s"))
         common["note"] = f"Attention of {stack}: {m.kernel}."
     return [common | {"metric": name, "value": value, "unit": unit} for name, value, unit in figures]

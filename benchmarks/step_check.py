@@ -68,6 +68,7 @@ def check(options: argparse.Namespace, device: torch.device) -> bool:
     draw = torch.Generator().manual_seed(2)
     texts = {n: [_text(n, draw, device) for _ in range(options.texts or default_texts(n))] for n in lengths}
     rig = build(options, "longlora", device)
+    rig.settle(max(lengths))
     model = rig.causal_lm
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -75,6 +76,7 @@ def check(options: argparse.Namespace, device: torch.device) -> bool:
             torch.nn.init.normal_(parameter, std=_B_DEVIATION)
     ours = {n: [_train(model, ids, autocast=False) for ids in texts[n]] for n in lengths}
     rig.undo()
+    rig.put_back()
     model.set_attn_implementation("sdpa")
     plain = {n: [_train(model, ids, autocast=True) for ids in texts[n]] for n in lengths}
     reference = _reference(options, model, device)

@@ -43,6 +43,8 @@ class Rig:
         plan: Options of `make_plan`.
         undo: Gives the model its own layers back.
         kernel: Attention backend of the engine.
+        embedding: `gpu` or `host`, where the input embedding is now.
+        put_back: Brings it back to the GPU.
     """
 
     causal_lm: Any
@@ -62,11 +64,33 @@ class Rig:
             return "sdpa"
         return choose_kernel(self.kernel, self.device, torch.bfloat16, self.shape.head_dim, tokens).name
 
+    embedding: str = "gpu"
+    put_back: Callable[[], None] = field(default=lambda: None)
+
     def plan_for(self, tokens: int) -> MemoryPlan:
-        """The plan of this many tokens on the machine as it is now."""
-        return _plan(
-            self.shape, tokens, self.machine, self.plan["shifted_group"], _frozen(self.plan["explicit"])
-        )
+        """The plan of this many tokens on the machine as it is now, with the embedding where it is now."""
+        return self._plan(tokens, self.plan["explicit"] | {"embedding": self.embedding})
+
+    def settle(self, tokens: int) -> None:
+        """Move the embedding where the plan of this many tokens wants it; it stays there for shorter steps.
+
+        Raises:
+            ResourceError: No plan fits.
+        """
+        from longlora_cli.memory.host_embedding import use_host_embedding
+
+        wanted = "host" if self._plan(tokens, self.plan["explicit"]).embedding_on_host else "gpu"
+        if wanted == self.embedding:
+            return
+        if wanted == "host":
+            self.put_back = use_host_embedding(self.causal_lm)
+            release(self.device)
+        else:
+            self.put_back()
+        self.embedding = wanted
+
+    def _plan(self, tokens: int, explicit: dict[str, Any]) -> MemoryPlan:
+        return _plan(self.shape, tokens, self.machine, self.plan["shifted_group"], _frozen(explicit))
 
     def longest(self) -> int:
         """Most tokens for which there is a plan."""
@@ -100,7 +124,10 @@ def _plan(
 
 @dataclass(frozen=True)
 class Measured:
-    """One length: seconds are the fastest step's, bytes the most at any moment of the timed steps."""
+    """One length: seconds are the fastest step's, bytes the most at any moment of the timed steps.
+
+    `host_bytes` are the activations', `embedding_bytes` those of an input embedding that is on the host too.
+    """
 
     tokens: int
     seconds: float
@@ -110,6 +137,7 @@ class Measured:
     loss: float
     plan: MemoryPlan | None
     kernel: str
+    embedding_bytes: int = 0
 
 
 def load_base(options: argparse.Namespace, device: torch.device, *, stack: str, quantized: bool) -> Any:
@@ -174,7 +202,17 @@ def shape_of(wrapped: Any, device: torch.device) -> ModelShape:
         trainable=trainable,
         lora_rank=RANK,
         optimizer_bytes_per_parameter=0.0,  # paged: leaves the GPU when it must
+        embedding_bytes=_movable_bytes(wrapped, device),
     )
+
+
+def _movable_bytes(wrapped: Any, device: torch.device) -> int:
+    """Bytes of an input embedding that may wait on the host."""
+    from longlora_cli.memory.host_embedding import host_embedding_fault
+
+    if device.type == "cpu" or host_embedding_fault(wrapped):
+        return 0
+    return int(wrapped.get_input_embeddings().weight.nbytes)
 
 
 def build(options: argparse.Namespace, stack: str, device: torch.device) -> Rig:
@@ -238,7 +276,10 @@ def measure(rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool = F
         torch.OutOfMemoryError, ResourceError: It does not fit.
     """
     long = short_warm_up or tokens >= ONE_STEP_TOKENS
-    plan = rig.plan_for(tokens) if rig.stack == "longlora" else None
+    plan = None
+    if rig.stack == "longlora":
+        rig.settle(tokens)
+        plan = rig.plan_for(tokens)
     if plan is not None and plan.predicted.host_bytes:
         rig.arena.reserve(plan.predicted.host_bytes)  # registering takes 0.6 s/GiB, once in a training
     rig.step(min(tokens, WARM_UP_TOKENS) if long else tokens)
@@ -264,6 +305,7 @@ def measure(rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool = F
         loss=loss,
         plan=plan,
         kernel=rig.kernel_name(tokens),
+        embedding_bytes=rig.shape.embedding_bytes if rig.embedding == "host" else 0,
     )
 
 

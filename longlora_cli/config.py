@@ -170,7 +170,10 @@ PLAN_KEYS = (
     "keep_gate_up",
     "tile_tokens",
     "kv_heads_per_call",
+    "embedding",
 )
+# Parts whose value is a place; the others' are numbers.
+_PLAN_PLACES = {"offload": ("gpu", "host", "disk"), "embedding": ("gpu", "host")}
 
 
 class EngineSection(Section):
@@ -199,7 +202,7 @@ class EngineSection(Section):
         for item in self.plan:
             if item != "auto":
                 key, _, value = item.partition("=")
-                fixed[key] = value if key == "offload" else parse_length(value)
+                fixed[key] = value if key in _PLAN_PLACES else parse_length(value)
         return fixed
 
     @model_validator(mode="after")
@@ -212,9 +215,10 @@ class EngineSection(Section):
                 raise ValueError(
                     f"--plan {item}: write auto or KEY=VALUE, with KEY of {', '.join(PLAN_KEYS)}"
                 )
-            if key == "offload" and value not in ("gpu", "host", "disk"):
-                raise ValueError(f"--plan offload={value}: gpu, host or disk")
-            if key != "offload":
+            places = _PLAN_PLACES.get(key)
+            if places is not None and value not in places:
+                raise ValueError(f"--plan {item}: {', '.join(places[:-1])} or {places[-1]}")
+            if places is None:
                 try:
                     parse_length(value)
                 except ValueError as error:

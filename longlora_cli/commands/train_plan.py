@@ -24,6 +24,7 @@ from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.training.engine import (
     Planner,
     choose_path,
+    embedding_fault,
     machine_for,
     model_shape,
     outline_fault,
@@ -76,7 +77,8 @@ def plan_training(
     quantization = choose_quantization(config, source, folder, training=True)
     path = choose_path(config, outline_fault(model_config, config, quantization))
     element_bytes = _ELEMENT_BYTES[choose_dtype(config)]
-    shape = model_shape(model_config, config, quantization, element_bytes)
+    fault = embedding_fault(model_config, config, path, device, source)
+    shape = model_shape(model_config, config, quantization, element_bytes, embedding_can_move=fault is None)
     machine = machine_for(config, device, mesh.world, element_bytes)
     planner = Planner(config, shape, machine)
     data: ChunkDataset | ShorterChunks = prepared
@@ -98,7 +100,7 @@ def plan_training(
     planner = Planner(config, shape, machine, documents)
     batch = len(data[longest]) * config.batch_size
     if path != "none":
-        planner.plan(batch)  # refused here when it does not fit
+        planner.decide(batch)  # refused here when it does not fit
     cut = data.cut_chunks if isinstance(data, ShorterChunks) else 0
     return PlannedTraining(data, context_length, longest, batch, planner, path, cut)
 

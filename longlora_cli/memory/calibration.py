@@ -94,9 +94,11 @@ def predict(
     places = np.array([codes])
     inner = (PLACES.index(plan.inner_input), PLACES.index(plan.inner_attention))
     setting = Setting(plan.tile_tokens, plan.loss_tile, plan.kv_heads_per_call, *inner)
+    shape = shape.without_embedding() if plan.embedding_on_host else shape
     cost = StepCost(shape, sum(documents), squared_lengths(documents, plan.shifted_group), machine)
-    seconds, _ = cost.seconds(places, setting)
-    return float(seconds[0]), int(np.ceil(cost.gpu_peak(places, setting)[0]))
+    found, _ = cost.seconds(places, setting)
+    seconds = float(found[0]) + (cost.lookup_seconds if plan.embedding_on_host else 0.0)
+    return seconds, int(np.ceil(cost.gpu_peak(places, setting)[0]))
 
 
 def seconds_ratio(batches: Sequence[MeasuredBatch], shape: ModelShape, machine: Machine) -> float | None:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from longlora_cli.errors import SettingsError
-from longlora_cli.memory.cost import ATTENTION, DISK, GATE_UP, GPU, HOST, INPUT, QKV, Array
+from longlora_cli.memory.cost import ATTENTION, DISK, GATE_UP, GPU, HOST, INPUT, QKV, Array, Setting, StepCost
 from longlora_cli.memory.machine import Machine
-from longlora_cli.memory.plan import ModelShape
+from longlora_cli.memory.plan import KINDS, ModelShape
 
 _GROUPS = (1, 2, 3, 4, 5, 6, 8)
 _OFFLOAD = {"gpu": GPU, "host": HOST, "disk": DISK}
 _KEEP = {"keep_attention": ATTENTION, "keep_qkv": QKV, "keep_gate_up": GATE_UP}
-_KEYS = ("group", "offload", *_KEEP, "tile_tokens", "loss_tile", "kv_heads_per_call")
+_KEYS = ("group", "offload", *_KEEP, "tile_tokens", "loss_tile", "kv_heads_per_call", "embedding")
 Item = tuple[int, int]  # kind, layer
 
 
@@ -32,6 +32,7 @@ class Fixed:
         tile_tokens: Tokens of a tile.
         loss_tile: Rows of logits held at once.
         kv_heads_per_call: Key-value heads in one attention call; 0 is all.
+        embedding: `gpu` or `host`, where the input embedding is.
     """
 
     group: int | None = None
@@ -40,6 +41,7 @@ class Fixed:
     tile_tokens: int | None = None
     loss_tile: int | None = None
     kv_heads_per_call: int | None = None
+    embedding: str | None = None
 
     @classmethod
     def of(cls, explicit: Mapping[str, Any], shape: ModelShape, machine: Machine) -> Fixed:
@@ -61,6 +63,14 @@ class Fixed:
                 "offload=disk without a disk",
                 hint="Name a folder on a fast disk with --disk-offload, or use offload=host.",
             )
+        embedding = explicit.get("embedding")
+        if embedding not in (None, "gpu", "host"):
+            raise SettingsError(f"embedding={embedding}", rule="It is gpu or host.")
+        if embedding == "host" and not shape.embedding_bytes:
+            raise SettingsError(
+                "embedding=host: this model's input embedding cannot wait on the host",
+                rule="It must be frozen, a table of its own, and on a GPU.",
+            )
         heads = _whole(explicit, "kv_heads_per_call", 0, shape.kv_heads)
         if heads and shape.kv_heads % heads:
             raise SettingsError(
@@ -80,6 +90,7 @@ class Fixed:
             _whole(explicit, "tile_tokens", 1),
             _whole(explicit, "loss_tile", 1),
             heads,
+            embedding,
         )
 
     def placed(self, places: Array) -> Array:
@@ -186,3 +197,63 @@ def gpu_order(layers: int, layers_first: bool) -> Array:
     down = range(layers - 2, -1, -1)
     rest = [(k, i) for i in down for k in kinds] if layers_first else [(k, i) for k in kinds for i in down]
     return np.array([kind * layers + i for kind, i in [*((k, layers - 1) for k in kinds), *rest]])
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All prefixes of one order of keeping.
+
+    Args:
+        cost: Of the model and the step.
+        fixed: What the user fixed.
+        order: What is kept first.
+        setting: Tiles, heads per call and inner places.
+    """
+
+    cost: StepCost
+    fixed: Fixed
+    order: KeepOrder
+    setting: Setting
+
+    @functools.cached_property
+    def kept(self) -> Array:
+        """Whether each item is kept, `[prefixes, items]`, items numbered kind by kind."""
+        return self.order.prefixes
+
+    @functools.cached_property
+    def _by_gpu(self) -> Array:
+        return gpu_order(self.cost.shape.layers, layers_first=self.cost.copies_hide(self.setting))
+
+    def kept_count(self, rows: Array) -> Array:
+        """Items kept by each prefix."""
+        return self.kept[rows].sum(1)
+
+    def places(self, rows: Array, on_gpu: Array, on_disk: Array) -> Array:
+        """Places `[rows, kinds, layers]` with the first `on_gpu` kept items on the GPU, the last `on_disk` on disk."""
+        kept = self.kept[rows][:, self._by_gpu]
+        position = np.cumsum(kept, 1)
+        place = np.where(position <= on_gpu[:, None], GPU, HOST)
+        last = position > np.maximum(kept.sum(1) - on_disk, on_gpu)[:, None]
+        found = np.zeros_like(place)
+        found[:, self._by_gpu] = np.where(kept, np.where(last & (place == HOST), DISK, place), 0)
+        return self.fixed.placed(found.reshape(len(rows), len(KINDS), self.cost.shape.layers))
+
+    def kept_bytes(self) -> Array:
+        """Bytes that each prefix keeps, wherever."""
+        found: Array = self.kept @ np.repeat(self.cost.sizes, self.cost.shape.layers)
+        return found
+
+    def seconds_without_copies(self, rows: Array) -> Array:
+        """Seconds of each prefix at least."""
+        places = (self.kept[rows] * GPU).reshape(len(rows), len(KINDS), self.cost.shape.layers)
+        return self.cost.compute_seconds(places, self.setting)
+
+    def gpu(self, rows: Array, on_gpu: Array) -> Array:
+        """Peak GPU bytes."""
+        places = self.places(rows, on_gpu, np.zeros(len(rows), int))
+        return self.cost.gpu_peak(places, self.setting)
+
+    def host(self, rows: Array, on_gpu: Array, on_disk: Array) -> Array:
+        """Peak host bytes."""
+        places = self.places(rows, on_gpu, on_disk)
+        return self.cost.away_peak(places, self.setting, HOST)

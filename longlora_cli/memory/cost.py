@@ -30,6 +30,8 @@ _FLASH_ROWS = 128  # query rows that one thread block of a flash kernel takes
 # H100 (132 multiprocessors): b^2 / (b^2 + 272^2) with b thread blocks.
 _HALF_FULL_BLOCKS_PER_PROCESSOR = 272 / 132
 _COPY_SHARE = 0.8  # of the copy rate: the copies share memory and link with kernels and with each other
+# One core copies random rows of 8 KiB at 7.6 GB/s, measured on a server; torch uses more of them where it may.
+_GATHER_BYTES_PER_SECOND = 7e9
 _HALF_FULL_TILE = 512  # tokens: tiles of 4K/8K/16K reach 688/711/752 of 780 TFLOP/s on one H100
 
 
@@ -269,6 +271,12 @@ class StepCost:
         """Whether everything of a layer can leave while a layer runs forward."""
         (ahead, _), _ = self._compute(np.full((1, 4, self.shape.layers), HOST), setting)
         return bool(float(self.sizes.sum()) / self._copy_rate <= ahead[0, 0])
+
+    @property
+    def lookup_seconds(self) -> float:
+        """Rows of an embedding on the host: gathered by the CPU, then copied, before anything else can run."""
+        rows = float(self.sizes[INPUT])
+        return rows / _GATHER_BYTES_PER_SECOND + rows / self._copy_rate
 
     @property
     def _copy_rate(self) -> float:

@@ -7,12 +7,15 @@ disk, or is computed again. A layer whose input is computed again belongs to the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Place = Literal["gpu", "host", "disk", "recompute"]
 KINDS: tuple[Literal["input", "attention", "qkv", "gate_up"], ...] = ("input", "attention", "qkv", "gate_up")
 LSE_BYTES = 4  # log-sum-exp is float32, one a head
+# Pinned memory through which looked-up rows of an embedding on the host reach the GPU: two halves of 4,096 rows of an
+# 8B model. Larger ones are no faster; a power of two, because torch's pinned allocator would round it up to one.
+STAGING_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Prediction:
 
     Args:
         peak_gpu_bytes: Most GPU memory at any moment of a step, the CUDA context and static parts included.
-        host_bytes: Most host memory in which activations wait at any moment.
+        host_bytes: Most host memory in which activations wait at any moment; an embedding there comes on top.
         disk_bytes: The same for disk.
         seconds: One step, forward and backward, copies that computation does not hide included.
         hardware_flops: FLOPs of the step as run.
@@ -73,6 +76,7 @@ class MemoryPlan:
         kv_heads_per_call: Key-value heads in one attention call; 0 is all.
         shifted_group: Tokens of an S2-Attn group; 0 is full attention.
         predicted: What it takes.
+        embedding_on_host: The input embedding waits on the host and is looked up there (`host_embedding.py`).
     """
 
     tokens: int
@@ -84,6 +88,7 @@ class MemoryPlan:
     kv_heads_per_call: int
     shifted_group: int
     predicted: Prediction
+    embedding_on_host: bool = False
 
     def groups(self) -> list[range]:
         """Layers that share one kept input, in order; together they are all layers."""
@@ -119,6 +124,8 @@ class ModelShape:
         optimizer_bytes_per_parameter: State of the optimizer: 8 for Adam in float32, 2 in 8 bits, 0 when the state
             is on the host.
         mlp_matrices: 3 for a gated MLP, 2 without gate.
+        embedding_bytes: The part of `weight_bytes` that is an input embedding which can wait on the host; 0 when it is
+            trained, tied to the head, or more than a table.
     """
 
     layers: int
@@ -135,6 +142,7 @@ class ModelShape:
     lora_targets: tuple[str, ...] = field(default=_ALL_LINEARS)
     optimizer_bytes_per_parameter: float = 8.0
     mlp_matrices: int = 3
+    embedding_bytes: int = 0
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -152,6 +160,10 @@ class ModelShape:
         if self.mlp_matrices < 3:
             del found["gate_proj"]
         return found
+
+    def without_embedding(self) -> ModelShape:
+        """As the GPU holds it while the input embedding waits on the host."""
+        return replace(self, weight_bytes=self.weight_bytes - self.embedding_bytes, embedding_bytes=0)
 
     def kept_bytes(self, kind: str) -> int:
         """Bytes per token that `kind`, one of `KINDS`, of one layer takes."""

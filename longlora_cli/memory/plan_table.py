@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from longlora_cli.memory.machine import Machine
-from longlora_cli.memory.plan import MemoryPlan, ModelShape, Place
+from longlora_cli.memory.plan import STAGING_BYTES, MemoryPlan, ModelShape, Place
 
 _NAMES = {
     "input": "layer inputs",
@@ -35,9 +35,15 @@ def describe(plan: MemoryPlan, shape: ModelShape, machine: Machine) -> list[tupl
     if plan.shifted_group:
         rows.append(("shifted sparse attention", f"groups of {plan.shifted_group:,} tokens"))
     predicted = plan.predicted
+    host_bytes = predicted.host_bytes
+    if plan.embedding_on_host:
+        host_bytes += shape.embedding_bytes + STAGING_BYTES
+        rows.append(("input embedding", f"host ({size(shape.embedding_bytes)}), rows are looked up there"))
+    elif shape.embedding_bytes:
+        rows.append(("input embedding", f"GPU ({size(shape.embedding_bytes)})"))
     rows += [
         ("peak GPU memory", f"{size(predicted.peak_gpu_bytes)} of {size(machine.gpu_bytes_for_step)}"),
-        ("host memory", f"{size(predicted.host_bytes)} of {size(machine.host_bytes_for_activations)}"),
+        ("host memory", f"{size(host_bytes)} of {size(machine.host_bytes_for_activations)}"),
     ]
     if machine.disk_bytes:
         rows.append(("disk", f"{size(predicted.disk_bytes)} of {size(machine.disk_bytes)}"))

@@ -5,8 +5,12 @@ sequence has tokens, the input of a layer inside a group about 47,000 for Llama-
 the model. Groups of layers after Chen et al. 2016 (arXiv:1604.06174); value by density as in MEMO (Zhao et al. 2024,
 arXiv:2407.12117), which solves an integer program for what one order does here.
 
+A frozen input embedding of its own may wait on the host (`host_embedding.py`): a second set of candidates, with more
+room on the GPU and a lookup that costs time.
+
 The candidates do not depend on how much memory there is, and the fastest that fits is taken. So more memory is never
-slower and never shorter, which tests/memory/test_planner.py holds it to.
+slower and never shorter, which tests/memory/test_planner.py holds it to. (An embedding that went to the host only when
+nothing else fits would break this: the slowest plan beside it on a card that just holds it takes longer.)
 """
 
 from __future__ import annotations
@@ -19,10 +23,17 @@ from typing import Any
 import numpy as np
 
 from longlora_cli.errors import ResourceError, SettingsError
-from longlora_cli.memory.candidates import Fixed, KeepOrder, gpu_order, keep_orders
+from longlora_cli.memory.candidates import Candidates, Fixed, KeepOrder, keep_orders
 from longlora_cli.memory.cost import DISK, GPU, HOST, INPUT, Array, Setting, StepCost, squared_lengths
-from longlora_cli.memory.machine import Machine
-from longlora_cli.memory.plan import KINDS, LayerPlan, MemoryPlan, ModelShape, Place, Prediction
+from longlora_cli.memory.machine import CONTEXT_BYTES, Machine
+from longlora_cli.memory.plan import (
+    STAGING_BYTES,
+    LayerPlan,
+    MemoryPlan,
+    ModelShape,
+    Place,
+    Prediction,
+)
 from longlora_cli.memory.plan_table import describe, size
 
 __all__ = ["describe", "longest_context", "make_plan"]
@@ -55,24 +66,26 @@ def make_plan(
         shifted_group: Tokens of an S2-Attn group; 0 is full attention.
         explicit: Parts that the user fixed: `group`, `offload` (gpu, host or disk, for layer inputs), `keep_attention`,
             `keep_qkv`, `keep_gate_up` (how many layers, the last ones; true is all), `tile_tokens`, `loss_tile`,
-            `kv_heads_per_call`. The rest is chosen.
+            `kv_heads_per_call`, `embedding` (gpu or host). The rest is chosen.
 
     Raises:
         SettingsError: An unknown key, a value that no plan can have, or documents longer than `tokens`.
         ResourceError: No plan fits; the message has what the smallest one needs and what there is.
     """
-    search = _Search.of(shape, tokens, machine, documents, shifted_group, explicit)
-    best: _Found | None = None
-    for setting in search.settings():
-        bound = float("inf") if best is None else best.seconds
-        if search.fastest(setting) >= bound:
-            continue
-        found = search.best(setting, bound)
-        best = found if found is not None and (best is None or found.beats(best)) else best
+    ways = _Search.ways(shape, tokens, machine, documents, shifted_group, explicit)
+    best: tuple[_Found, _Search] | None = None
+    for search in ways:
+        for setting in search.settings():
+            bound = float("inf") if best is None else best[0].seconds
+            if search.fastest(setting) >= bound:
+                continue
+            found = search.best(setting, bound)
+            if found is not None and (best is None or found.beats(best[0])):
+                best = found, search
     if best is None:
         longest = _longest(shape, machine, shifted_group, explicit, below=tokens)
-        raise _too_large(search, longest)
-    return _plan_of(search, best, shifted_group)
+        raise _too_large(ways, longest)
+    return _plan_of(*best, shifted_group)
 
 
 def roomy_plan(shape: ModelShape, tokens: int, machine: Machine, **same: Any) -> MemoryPlan:
@@ -105,8 +118,8 @@ def longest_context(
 
     found = _longest(shape, machine, shifted_group, explicit, below=_LONGEST_TOKENS)
     if not found:
-        search = _Search.of(shape, _STEP_TOKENS, machine, None, shifted_group, explicit)
-        raise _too_large(search, found)
+        ways = _Search.ways(shape, _STEP_TOKENS, machine, None, shifted_group, explicit)
+        raise _too_large(ways, found)
     return found
 
 
@@ -117,7 +130,8 @@ def _longest(
 
     def fits(steps: int) -> bool:
         tokens = steps * _STEP_TOKENS
-        return _Search.of(shape, tokens, machine, None, shifted_group, explicit).feasible()
+        ways = _Search.ways(shape, tokens, machine, None, shifted_group, explicit)
+        return any(search.feasible() for search in ways)
 
     low, high = 0, 1
     while high * _STEP_TOKENS < below and fits(high):
@@ -146,12 +160,24 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Search:
+    """Plans of one step with the input embedding in one place.
+
+    Args:
+        cost: Of the model as the GPU holds it.
+        machine: Memory and rates.
+        fixed: What the user fixed.
+        host_limit: Host memory for activations.
+        moved_bytes: Of the embedding, when it is on the host.
+    """
+
     cost: StepCost
     machine: Machine
     fixed: Fixed
+    host_limit: int
+    moved_bytes: int = 0
 
     @classmethod
-    def of(
+    def ways(
         cls,
         shape: ModelShape,
         tokens: int,
@@ -159,7 +185,8 @@ class _Search:
         documents: Sequence[int] | None,
         shifted_group: int,
         explicit: Mapping[str, Any],
-    ) -> _Search:
+    ) -> list[_Search]:
+        """With the embedding on the GPU, and with it on the host, as far as model and user allow."""
         if tokens < 1:
             raise SettingsError(f"a step of {tokens} tokens", rule="It must have at least 1.")
         lengths = [tokens] if documents is None else list(documents)
@@ -169,13 +196,31 @@ class _Search:
                 rule="Each has at least 1 token, together they have at most the step's.",
             )
         fixed = Fixed.of(explicit, shape, machine)
-        return cls(StepCost(shape, tokens, squared_lengths(lengths, shifted_group), machine), machine, fixed)
+        squares, host = squared_lengths(lengths, shifted_group), machine.host_bytes_for_activations
+        ways = []
+        if fixed.embedding != "host":
+            ways.append(cls(StepCost(shape, tokens, squares, machine), machine, fixed, host))
+        if fixed.embedding != "gpu" and (moved := shape.embedding_bytes):
+            cost = StepCost(shape.without_embedding(), tokens, squares, machine)
+            ways.append(cls(cost, machine, fixed, host - moved - STAGING_BYTES, moved))
+        return ways
+
+    @functools.cached_property
+    def loading_bytes(self) -> float:
+        """GPU memory before the first step: an embedding leaves it only after the whole model was loaded there."""
+        shape = self.cost.shape
+        return shape.weight_bytes + self.moved_bytes + 4 * shape.trainable + CONTEXT_BYTES
+
+    @property
+    def lookup_seconds(self) -> float:
+        """What the embedding's place adds to a step."""
+        return self.cost.lookup_seconds if self.moved_bytes else 0.0
 
     @functools.cached_property
     def _room_bytes(self) -> float:
         """What can be kept at the end of forward, all places together."""
         running = self.cost.static_bytes + float(self.cost.sizes[INPUT])
-        away = self.machine.host_bytes_for_activations + self.machine.disk_bytes
+        away = self.host_limit + self.machine.disk_bytes
         return self.machine.gpu_bytes_for_step - running + away
 
     def settings(self) -> list[Setting]:
@@ -208,7 +253,7 @@ class _Search:
         """Seconds with everything kept and no copies: no plan with this setting is faster."""
         layers = self.cost.shape.layers
         everything = np.full((1, 4, layers), GPU)
-        return float(self.cost.seconds(everything, setting)[0][0])
+        return float(self.cost.seconds(everything, setting)[0][0]) + self.lookup_seconds
 
     def smallest(self) -> Setting:
         """The setting that takes the least memory."""
@@ -247,9 +292,11 @@ class _Search:
 
     def _fill(self, order: KeepOrder, setting: Setting, bound: float) -> _Found | None:
         """The fastest prefix of `order` that fits, as much of it on the GPU as fits there, the rest on the host."""
-        candidates = _Candidates(self, order, setting)
+        if self.loading_bytes > self.machine.gpu_bytes_for_step:
+            return None
+        candidates = Candidates(self.cost, self.fixed, order, setting)
         rows = np.flatnonzero(candidates.kept_bytes() <= self._room_bytes)
-        rows = rows[candidates.seconds_without_copies(rows) < bound]
+        rows = rows[candidates.seconds_without_copies(rows) + self.lookup_seconds < bound]
         if len(rows):
             rows = rows[candidates.gpu(rows, np.zeros(len(rows), int)) <= self.machine.gpu_bytes_for_step]
         if not len(rows):
@@ -257,7 +304,7 @@ class _Search:
         on_gpu = _most(
             lambda n: candidates.gpu(rows, n) <= self.machine.gpu_bytes_for_step, candidates.kept_count(rows)
         )
-        host_limit = self.machine.host_bytes_for_activations
+        host_limit = self.host_limit
         # The fewest on disk with which the host suffices; none without a disk or a need.
         short = candidates.host(rows, on_gpu, np.zeros(len(rows), int)) > host_limit
         most = candidates.kept_count(rows) * (short if self.machine.disk_bytes else 0)
@@ -268,6 +315,7 @@ class _Search:
         if not fits.any():
             return None
         seconds, flops = self.cost.seconds(places, setting)
+        seconds = seconds + self.lookup_seconds
         gpu = self.cost.gpu_peak(places, setting)
         total = gpu + peaks[0] + peaks[1]
         i = int(np.lexsort((total, np.where(fits, seconds, np.inf)))[0])
@@ -275,62 +323,6 @@ class _Search:
         return _Found(
             float(seconds[i]), float(flops[i]), gpu_bytes, host_bytes, disk_bytes, places[i], setting
         )
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """All prefixes of one order of keeping."""
-
-    search: _Search
-    order: KeepOrder
-    setting: Setting
-
-    @functools.cached_property
-    def kept(self) -> Array:
-        """Whether each item is kept, `[prefixes, items]`, items numbered kind by kind."""
-        return self.order.prefixes
-
-    @functools.cached_property
-    def _by_gpu(self) -> Array:
-        shape = self.search.cost.shape
-        hidden = self.search.cost.copies_hide(self.setting)
-        return gpu_order(shape.layers, layers_first=hidden)
-
-    def kept_count(self, rows: Array) -> Array:
-        """Items kept by each prefix."""
-        return self.kept[rows].sum(1)
-
-    def places(self, rows: Array, on_gpu: Array, on_disk: Array) -> Array:
-        """Places `[rows, kinds, layers]` with the first `on_gpu` kept items on the GPU, the last `on_disk` on disk."""
-        shape = self.search.cost.shape
-        kept = self.kept[rows][:, self._by_gpu]
-        position = np.cumsum(kept, 1)
-        place = np.where(position <= on_gpu[:, None], GPU, HOST)
-        last = position > np.maximum(kept.sum(1) - on_disk, on_gpu)[:, None]
-        found = np.zeros_like(place)
-        found[:, self._by_gpu] = np.where(kept, np.where(last & (place == HOST), DISK, place), 0)
-        return self.search.fixed.placed(found.reshape(len(rows), len(KINDS), shape.layers))
-
-    def kept_bytes(self) -> Array:
-        """Bytes that each prefix keeps, wherever."""
-        cost = self.search.cost
-        return self.kept @ np.repeat(cost.sizes, cost.shape.layers)
-
-    def seconds_without_copies(self, rows: Array) -> Array:
-        """Seconds of each prefix at least."""
-        cost = self.search.cost
-        places = (self.kept[rows] * GPU).reshape(len(rows), len(KINDS), cost.shape.layers)
-        return cost.compute_seconds(places, self.setting)
-
-    def gpu(self, rows: Array, on_gpu: Array) -> Array:
-        """Peak GPU bytes."""
-        places = self.places(rows, on_gpu, np.zeros(len(rows), int))
-        return self.search.cost.gpu_peak(places, self.setting)
-
-    def host(self, rows: Array, on_gpu: Array, on_disk: Array) -> Array:
-        """Peak host bytes."""
-        places = self.places(rows, on_gpu, on_disk)
-        return self.search.cost.away_peak(places, self.setting, HOST)
 
 
 def _most(holds: Callable[[Array], Array], most: Array) -> Array:
@@ -343,7 +335,7 @@ def _most(holds: Callable[[Array], Array], most: Array) -> Array:
     return low
 
 
-def _plan_of(search: _Search, found: _Found, shifted_group: int) -> MemoryPlan:
+def _plan_of(found: _Found, search: _Search, shifted_group: int) -> MemoryPlan:
     setting, cost = found.setting, search.cost
     layers = tuple(LayerPlan(*(PLACES[place] for place in layer)) for layer in found.places.T)
     predicted = Prediction(
@@ -353,45 +345,51 @@ def _plan_of(search: _Search, found: _Found, shifted_group: int) -> MemoryPlan:
     return MemoryPlan(
         cost.tokens, layers, PLACES[setting.inner_input], PLACES[setting.inner_attention],
         min(setting.tile_tokens, cost.tokens), min(setting.loss_tile, cost.tokens),
-        setting.kv_heads_per_call, shifted_group, predicted,
+        setting.kv_heads_per_call, shifted_group, predicted, bool(search.moved_bytes),
     )  # fmt: skip
 
 
-def _too_large(search: _Search, longest: int) -> ResourceError:
+def _too_large(ways: Sequence[_Search], longest: int) -> ResourceError:
     """Why nothing fits: the plan that misses by least, and the first thing to change."""
+    _, needs = min((_missing(search) for search in ways), key=lambda found: found[0])
+    said = ", ".join(f"{what} {size(need)} of {size(have)}" for what, need, have in needs)
+    machine, static_bytes = ways[0].machine, min(max(w.cost.static_bytes, w.loading_bytes) for w in ways)
+    if longest:
+        hint = f"At most {longest:,} tokens fit here with these settings."
+    elif static_bytes > machine.gpu_bytes_for_step:
+        hint = f"The model alone takes {size(static_bytes)}: quantize it, or take a smaller one."
+    else:
+        hint = "Fix fewer parts of the plan."
+    (_, gpu_bytes, _), (_, host_bytes, host_limit), _ = needs
+    if host_bytes > host_limit and gpu_bytes <= machine.gpu_bytes_for_step:
+        hint += f" Or free {size(host_bytes - host_limit)} of host memory, or give a folder on a fast disk."
+    return ResourceError(
+        f"{ways[0].cost.tokens:,} tokens do not fit; the smallest plan needs {said}",
+        rule="What a step needs is computed before it runs, and must be there.",
+        hint=hint,
+    )
+
+
+def _missing(search: _Search) -> tuple[float, list[tuple[str, float, float]]]:
+    """By how many bytes the plan of one way that misses by least does, and its (place, need, have)."""
     machine, setting = search.machine, search.smallest()
-    host_limit = machine.host_bytes_for_activations
+    moved = search.moved_bytes and search.moved_bytes + STAGING_BYTES
+    host_limit = search.host_limit + moved
     best: tuple[float, float, float, float] | None = None
     for order, variant in search.variants(setting):
-        candidates = _Candidates(search, order, variant)
+        candidates = Candidates(search.cost, search.fixed, order, variant)
         rows = np.arange(len(candidates.kept))
         none = np.zeros(len(rows), int)
         for on_gpu in (none, candidates.kept_count(rows)):
             places = candidates.places(rows, on_gpu, none)
-            gpu = search.cost.gpu_peak(places, variant)
+            gpu = np.maximum(search.cost.gpu_peak(places, variant), search.loading_bytes)
             host, disk = (search.cost.away_peak(places, variant, place) for place in (HOST, DISK))
+            host = host + moved
             over = np.maximum(gpu - machine.gpu_bytes_for_step, 0) + np.maximum(host - host_limit, 0)
             i = int(over.argmin())
             if best is None or over[i] < best[0]:
                 best = float(over[i]), float(gpu[i]), float(host[i]), float(disk[i])
     assert best is not None  # there is always an order
-    _, gpu_bytes, host_bytes, disk_bytes = best
-    needs = (
-        ("GPU", gpu_bytes, machine.gpu_bytes_for_step),
-        ("host", host_bytes, host_limit),
-        ("disk", disk_bytes, machine.disk_bytes),
-    )
-    said = ", ".join(f"{what} {size(need)} of {size(have)}" for what, need, have in needs)
-    if longest:
-        hint = f"At most {longest:,} tokens fit here with these settings."
-    elif search.cost.static_bytes > machine.gpu_bytes_for_step:
-        hint = f"The model alone takes {size(search.cost.static_bytes)}: quantize it, or take a smaller one."
-    else:
-        hint = "Fix fewer parts of the plan."
-    if host_bytes > host_limit and gpu_bytes <= machine.gpu_bytes_for_step:
-        hint += f" Or free {size(host_bytes - host_limit)} of host memory, or give a folder on a fast disk."
-    return ResourceError(
-        f"{search.cost.tokens:,} tokens do not fit; the smallest plan needs {said}",
-        rule="What a step needs is computed before it runs, and must be there.",
-        hint=hint,
-    )
+    over_bytes, *needs = best
+    haves = (machine.gpu_bytes_for_step, host_limit, machine.disk_bytes)
+    return over_bytes, list(zip(("GPU", "host", "disk"), needs, haves, strict=True))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ from longlora_cli.memory.arena import HostArena
 from longlora_cli.memory.calibration import Calibration
 from longlora_cli.memory.engine import fused_fault, use_engine
 from longlora_cli.memory.generic import use_generic_engine
+from longlora_cli.memory.host_embedding import use_host_embedding
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.memory.machine import CONTEXT_BYTES, Machine
-from longlora_cli.memory.plan import MemoryPlan, ModelShape
+from longlora_cli.memory.plan import STAGING_BYTES, MemoryPlan, ModelShape
 from longlora_cli.memory.planner import longest_context, roomy_plan
 from longlora_cli.models.loading import LoadedModel
+from longlora_cli.models.source import ModelSource
 
 _log = logging.getLogger("longlora")
 # Bytes of one weight: NF4 with doubly quantized scales is 4.127 bits, measured; int8 has one scale a row.
@@ -33,7 +37,12 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 def model_shape(
-    model_config: Any, settings: TrainConfig, quantization: str, element_bytes: int
+    model_config: Any,
+    settings: TrainConfig,
+    quantization: str,
+    element_bytes: int,
+    *,
+    embedding_can_move: bool = False,
 ) -> ModelShape:
     """Sizes the planner needs, from a transformers config and what is trained.
 
@@ -42,6 +51,7 @@ def model_shape(
         settings: Adapter and optimizer.
         quantization: `none`, `nf4` or `int8`.
         element_bytes: Bytes of an activation's number.
+        embedding_can_move: The input embedding may wait on the host; `embedding_fault` knows.
     """
     heads = model_config.num_attention_heads
     wanted = settings.lora_targets
@@ -71,7 +81,51 @@ def model_shape(
         shape,
         weight_bytes=int(frozen + element_bytes * (norms + embeddings)),
         trainable=shape.layers * settings.lora_rank * ranks + trained,
+        embedding_bytes=element_bytes * shape.vocabulary * shape.width if embedding_can_move else 0,
     )
+
+
+def embedding_fault(
+    model_config: Any, settings: TrainConfig, path: str, device: torch.device, source: ModelSource
+) -> str | None:
+    """Why a plan of this training cannot put the input embedding on the host, from configs alone; None when it can.
+
+    Args:
+        model_config: The decoder's config.
+        settings: What is trained.
+        path: `fused`, `generic` or `none`; the fused path's families all look rows up in a plain table.
+        device: Where the model computes.
+        source: The model; an adapter that comes with it may train its embedding.
+
+    Raises:
+        SettingsError: The user asked for it all the same.
+    """
+    fault = None
+    if device.type != "cuda":
+        fault = "on a CPU all weights are in host memory already"
+    elif path != "fused":
+        fault = "it belongs to the fused path"
+    elif model_config.tie_word_embeddings:
+        fault = "the model's input embedding is also its output matrix, which the GPU needs"
+    elif settings.also_train == "all":
+        fault = "--also-train all trains the input embedding"
+    elif source.adapter is not None and _trains_embedding(source.adapter):
+        fault = f"the adapter in {source.adapter} trains the input embedding"
+    if fault is not None and settings.fixed_plan().get("embedding") == "host":
+        raise SettingsError(
+            f"--plan embedding=host has no effect here: {fault}",
+            rule="A frozen table of its own can be looked up on the host instead of the GPU.",
+            hint="Leave it out.",
+        )
+    return fault
+
+
+def _trains_embedding(adapter: Path) -> bool:
+    """Whether an adapter folder holds anything of the fused families' `embed_tokens`."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    targets = config.get("target_modules") or []
+    names = [*(config.get("modules_to_save") or []), *([targets] if isinstance(targets, str) else targets)]
+    return bool(config.get("trainable_token_indices")) or any("embed_tokens" in name for name in names)
 
 
 def machine_for(settings: TrainConfig, device: torch.device, processes: int, element_bytes: int) -> Machine:
@@ -129,6 +183,7 @@ class Planner:
         shape: The model.
         machine: The memory there is, and the rates that are assumed.
         documents: Lengths of the documents in the longest batch.
+        embedding: `gpu` or `host`, where the input embedding is in this training; None: each plan chooses.
         made: Plans made so far, by tokens.
         calibration: What measured batches have corrected.
     """
@@ -137,6 +192,7 @@ class Planner:
     shape: ModelShape
     machine: Machine
     documents: tuple[int, ...] = ()
+    embedding: str | None = None
     made: dict[int, MemoryPlan] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
 
@@ -161,6 +217,22 @@ class Planner:
         rounded = min(-(-tokens // step) * step, longest)
         return self._make(rounded, self.documents if rounded == longest else None)
 
+    def decide(self, tokens: int) -> MemoryPlan:
+        """Settle where the input embedding is in a training whose largest batch has this many tokens.
+
+        That batch's plan says it; all others are made with it there from now on, for it does not move between steps.
+
+        Returns:
+            The plan of that batch.
+
+        Raises:
+            ResourceError: The batch does not fit.
+        """
+        plan = self.plan(tokens)
+        self.embedding = "host" if plan.embedding_on_host else "gpu"
+        self.made = {plan.tokens: plan}
+        return plan
+
     def longest(self) -> int:
         """Tokens of the longest batch that fits."""
         return longest_context(self.shape, self.machine, **self._same)
@@ -170,6 +242,8 @@ class Planner:
         explicit = self.settings.fixed_plan()
         if self.settings.given("loss_tile"):
             explicit["loss_tile"] = self.settings.loss_tile
+        if self.embedding is not None:
+            explicit["embedding"] = self.embedding
         return {"shifted_group": self.settings.s2_group or 0, "explicit": explicit}
 
     def _make(self, tokens: int, documents: Sequence[int] | None) -> MemoryPlan:
@@ -211,7 +285,7 @@ class RunningEngine:
 
 
 # Parts of a plan that only the fused path can follow.
-_FUSED_ONLY = ("keep_attention", "keep_qkv", "keep_gate_up", "kv_heads_per_call")
+_FUSED_ONLY = ("keep_attention", "keep_qkv", "keep_gate_up", "kv_heads_per_call", "embedding")
 
 
 def choose_path(settings: TrainConfig, fault: str | None) -> str:
@@ -264,19 +338,18 @@ def start_engine(loaded: LoadedModel, planner: Planner, longest_tokens: int) -> 
     _log.info("engine: %s%s", path, f" ({fault})" if fault and path == "generic" else "")
     if path == "none":
         return RunningEngine(path, None, None, use_tiled_loss(model, settings.loss_tile))
-    plan_for = planner.plan
-    longest = plan_for(longest_tokens)
+    longest, plan_for = planner.decide(longest_tokens), planner.plan
+    moved = planner.shape.embedding_bytes + STAGING_BYTES if longest.embedding_on_host else 0
     arena = HostArena(
         loaded.device,
-        planner.machine.host_bytes,
+        planner.machine.host_bytes - moved,
         disk=settings.disk_offload,
         disk_bytes=longest.predicted.disk_bytes,
     )
     # The file has its size now; plans of shorter batches and later ones must do with it.
     planner.machine = replace(planner.machine, disk_bytes=longest.predicted.disk_bytes)
     if path == "fused":
-        take_off = use_engine(model, plan_for, arena=arena, kernel=settings.attention)
-        return RunningEngine(path, plan_for, arena, take_off)
+        return RunningEngine(path, plan_for, arena, _use_fused(loaded, planner, longest, arena))
     undo_loss = use_tiled_loss(model, longest.loss_tile)
     undo_layers = use_generic_engine(model, longest, arena)
 
@@ -285,3 +358,26 @@ def start_engine(loaded: LoadedModel, planner: Planner, longest_tokens: int) -> 
         undo_loss()
 
     return RunningEngine(path, plan_for, arena, undo)
+
+
+def _use_fused(
+    loaded: LoadedModel, planner: Planner, longest: MemoryPlan, arena: HostArena
+) -> Callable[[], None]:
+    """Put the fused path on, with the input embedding where the longest batch's plan wants it; returns the undo."""
+    put_back: Callable[[], None] = lambda: None  # noqa: E731
+    if longest.embedding_on_host:
+        put_back = use_host_embedding(loaded.model)
+        size = loaded.causal_lm.get_input_embeddings().weight.nbytes / 2**30
+        _log.info("engine: the input embedding (%.2f GiB) waits on the host", size)
+    undo_engine = use_engine(loaded.causal_lm, planner.plan, arena=arena, kernel=planner.settings.attention)
+
+    def undo() -> None:
+        undo_engine()
+        try:
+            put_back()
+        except (
+            torch.OutOfMemoryError
+        ):  # optimizer and gradients may be in its place; the adapter is yet to be saved
+            _log.info("the input embedding stays on the host: the GPU has no room for it")
+
+    return undo

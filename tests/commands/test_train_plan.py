@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import make_tiny_model
 
-from longlora_cli.commands import train
+from longlora_cli.commands import train, train_plan
 from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import SettingsError
+from longlora_cli.memory import host_embedding
 from longlora_cli.models.source import AdapterRecord
+from longlora_cli.storage import read_json_lines, sha256_of
+from longlora_cli.training import checkpoint
 from longlora_cli.training.engine import Planner
 
 
@@ -108,3 +114,71 @@ def test_a_probe_of_many_tokens_warms_up_with_few(
 def test_a_probe_without_a_dry_run_is_refused(auto: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="dry-run"):
         run(auto | {"probe": True})
+
+
+def test_an_embedding_on_the_host_is_refused_on_a_cpu(auto: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="embedding=host has no effect here: on a CPU"):
+        run(auto | {"plan": ["embedding=host"]}, dry_run=True)
+    assert not auto["out"].exists()
+
+
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets a CPU be the host of its own embedding; the sizes of all lookups, as they happen."""
+    found: list[int] = []
+    look_up = host_embedding._HostRows.look_up
+
+    def counted(self: Any, ids: Any) -> Any:
+        found.append(ids.numel())
+        return look_up(self, ids)
+
+    monkeypatch.setattr(host_embedding._HostRows, "look_up", counted)
+    monkeypatch.setattr(train_plan, "embedding_fault", lambda *args: None)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_run_with_its_embedding_on_the_host_trains_evaluates_and_resumes_to_the_same_bits(
+    auto: dict[str, Any],
+    looked_up: list[int],
+    tmp_path: Path,
+    tiny_tokenizer_folder: Path,
+    dtype: str,
+) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(json.dumps({"input": "What is the code?", "outputs": ["48213"]}) + "\n")
+    auto |= {
+        "model": str(make_tiny_model(tmp_path / "m", tiny_tokenizer_folder, tie_word_embeddings=False)),
+        "dtype": dtype,
+        "steps": 4,
+        "save_every": 2,
+        "eval_every": 2,
+        "eval_data": questions,
+        "eval_method": "generation",
+        "eval_new_tokens": 3,
+    }
+    del auto["epochs"]
+    run(auto | {"out": tmp_path / "gpu", "plan": ["embedding=gpu"]})
+    assert not looked_up
+    host = auto | {"out": tmp_path / "host", "plan": ["embedding=host"]}
+    run(host)
+    assert looked_up.count(192) == 4  # the steps
+    assert 1 in looked_up  # tokens of an answer, with a cache
+    shutil.rmtree(tmp_path / "host" / "adapter")
+    shutil.rmtree(checkpoint.folder_of(tmp_path / "host", 4))
+    run(host)
+    assert looked_up.count(192) == 6
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("gpu", "host")]
+    assert sha256_of(files[0]) == sha256_of(files[1])
+    rows = [read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("gpu", "host")]
+    assert [r.get("loss") for r in rows[0]] == [r.get("loss") for r in rows[1]]
+    assert [r.get("eval_f1") for r in rows[0]] == [r.get("eval_f1") for r in rows[1]]
+
+
+def test_a_probe_of_a_plan_with_the_embedding_on_the_host_runs_it(
+    auto: dict[str, Any], looked_up: list[int], tmp_path: Path, tiny_tokenizer_folder: Path
+) -> None:
+    model = make_tiny_model(tmp_path / "m", tiny_tokenizer_folder, tie_word_embeddings=False)
+    facts = run(auto | {"model": str(model), "plan": ["embedding=host"], "probe": True}, dry_run=True)
+    assert facts["plan"]["input embedding"].startswith("host (0.1 MiB)")
+    assert looked_up == [192] * 3  # two steps and an evaluation

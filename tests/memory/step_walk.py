@@ -91,7 +91,8 @@ class Walk:
 
     def _static(self) -> None:
         s = self.shape
-        total = s.weight_bytes + s.trainable * (4 + 4 + s.optimizer_bytes_per_parameter)
+        total = s.weight_bytes - self.plan.embedding_on_host * s.embedding_bytes
+        total += s.trainable * (4 + 4 + s.optimizer_bytes_per_parameter)
         for name, (a, b) in self.widths.items():
             total += (a * b + (s.lora_rank * (a + b) if name in s.lora_targets else 0)) * s.element_bytes
         tables = self.plan.tokens * (s.head_dim // 2 * 2 * 4 + 3 * 8)

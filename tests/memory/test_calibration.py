@@ -68,6 +68,15 @@ def test_a_shorter_batch_under_the_same_plan_takes_less_and_packed_documents_les
     assert half[1] < whole[1]
 
 
+def test_a_plan_with_its_embedding_on_the_host_is_predicted_as_the_planner_did() -> None:
+    shape = dataclasses.replace(SHAPE, embedding_bytes=2 * SHAPE.vocabulary * SHAPE.width)
+    plan = make_plan(shape, 16384, MACHINE, explicit={"embedding": "host"})
+    seconds, gpu_bytes = predict(plan, shape, MACHINE, [16384])
+    assert plan.embedding_on_host
+    assert seconds == pytest.approx(plan.predicted.seconds)
+    assert gpu_bytes == plan.predicted.peak_gpu_bytes
+
+
 @pytest.mark.parametrize("true_ratio", [0.6, 1.0, 1.7, 40.0])
 @pytest.mark.parametrize("tokens", [8192, 131072, 1048576])
 def test_the_factor_by_which_computation_is_slower_is_found(tokens: int, true_ratio: float) -> None:

@@ -17,7 +17,7 @@ from step_walk import Walk
 from longlora_cli.errors import ResourceError, SettingsError
 from longlora_cli.memory.cost import Setting, StepCost, squared_lengths
 from longlora_cli.memory.machine import Machine
-from longlora_cli.memory.plan import KINDS, LayerPlan, MemoryPlan, ModelShape, Prediction
+from longlora_cli.memory.plan import KINDS, STAGING_BYTES, LayerPlan, MemoryPlan, ModelShape, Prediction
 from longlora_cli.memory.planner import describe, longest_context, make_plan, roomy_plan
 
 GIB = 2**30
@@ -45,13 +45,14 @@ SMALL = ModelShape(6, 64, 4, 2, 16, 160, 512, 4, 10_000, 2_000, 4)
 @st.composite
 def shapes(draw: st.DrawFn) -> ModelShape:
     kv = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    embedding = draw(st.sampled_from([0, 0, 0, 2**24, 2**29]))
     heads, dim = kv * draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([8, 64, 128]))
     return ModelShape(
         draw(st.integers(1, 9)), draw(st.sampled_from([32, 96, 512])), heads, kv, dim,
         draw(st.sampled_from([64, 200, 1024])), draw(st.sampled_from([64, 2000])), draw(st.sampled_from([2, 4])),
-        draw(st.integers(0, 10**6)), draw(st.integers(0, 10**5)), draw(st.integers(0, 16)),
+        embedding + draw(st.integers(0, 10**6)), draw(st.integers(0, 10**5)), draw(st.integers(0, 16)),
         draw(st.sampled_from([("q_proj", "v_proj"), ("down_proj", "gate_proj", "o_proj")])),
-        draw(st.sampled_from([0.0, 2.0, 8.0])), draw(st.sampled_from([2, 3])),
+        draw(st.sampled_from([0.0, 2.0, 8.0])), draw(st.sampled_from([2, 3])), embedding,
     )  # fmt: skip
 
 
@@ -82,8 +83,9 @@ class Problem:
         shape, keep = self.shape, everything(self.shape, self.tokens)
         running = keep // shape.layers + self.tokens * shape.kept_bytes("input") * 3
         fixed = BASE + int(shape.weight_bytes + 16 * shape.trainable) + running // 2
+        fixed -= min(shape.embedding_bytes, running) // 2  # now and then the embedding is what does not fit
         gpu = int(1.02 * (fixed + self.gpu * keep) * more[0])
-        wanted = self.host * keep
+        wanted = self.host * keep + shape.embedding_bytes
         host = int(max(RESERVE + wanted, wanted / 0.95) * more[1])
         return slow(gpu, host, int(self.disk * keep * more[2]))
 
@@ -210,7 +212,8 @@ def test_a_plan_stays_within_the_machine(problem: Problem) -> None:
     if plan is None:
         return
     assert plan.predicted.peak_gpu_bytes <= machine.gpu_bytes_for_step
-    assert plan.predicted.host_bytes <= machine.host_bytes_for_activations
+    moved = plan.embedding_on_host * (problem.shape.embedding_bytes + STAGING_BYTES)
+    assert plan.predicted.host_bytes + moved <= machine.host_bytes_for_activations
     assert plan.predicted.disk_bytes <= machine.disk_bytes
     assert list(itertools.chain(*plan.groups())) == list(range(problem.shape.layers))
 
@@ -302,6 +305,83 @@ def test_the_walk_agrees_for_an_8b_model(tokens: int, gpu: float, host: float, d
 )
 def test_smaller_cards_reach_their_lengths(gpu: int, host: int, tokens: int, optimizer: float) -> None:
     assert longest_context(llama_8b(32, optimizer), card(gpu, host)) >= tokens
+
+
+EMBEDDING_BYTES = 128256 * 4096 * 2
+
+
+def movable(weight_gib: float = 5.75) -> ModelShape:
+    """An 8B model with an input embedding of its own and a paged optimizer, by default a little heavier than in NF4."""
+    shape = llama_8b(32, 0.0)
+    return dataclasses.replace(shape, weight_bytes=int(weight_gib * GIB), embedding_bytes=EMBEDDING_BYTES)
+
+
+EIGHT_GB = Machine(int(8e9), 100 * GIB)
+
+
+def test_a_model_that_fills_8_gb_trains_only_with_its_embedding_on_the_host() -> None:
+    with pytest.raises(ResourceError):
+        longest_context(movable(), EIGHT_GB, explicit={"embedding": "gpu"})
+    tokens = longest_context(movable(), EIGHT_GB)
+    assert tokens == longest_context(movable(), EIGHT_GB, explicit={"embedding": "host"}) >= 16_384
+    plan = make_plan(movable(), tokens, EIGHT_GB)
+    assert plan.embedding_on_host
+    rows = dict(describe(plan, movable(), EIGHT_GB))
+    assert rows["input embedding"] == "host (1,002.0 MiB), rows are looked up there"
+    shown = float(rows["host memory"].split(" ")[0])
+    assert shown == pytest.approx(
+        (plan.predicted.host_bytes + EMBEDDING_BYTES + STAGING_BYTES) / GIB, abs=0.06
+    )
+
+
+@pytest.mark.parametrize(("gpu", "tokens"), [(77, 8_192), (77, 131_072), (77, 2**20), (24, 32_768)])
+def test_where_memory_is_not_short_the_embedding_stays_on_the_gpu(gpu: float, tokens: int) -> None:
+    plan = make_plan(movable(), tokens, card(gpu, 120))
+    assert not plan.embedding_on_host
+    assert dict(describe(plan, movable(), card(gpu, 120)))["input embedding"] == "GPU (1,002.0 MiB)"
+
+
+@pytest.mark.parametrize("place", ["gpu", "host"])
+def test_a_fixed_place_of_the_embedding_is_kept_and_the_lookup_has_its_price(place: str) -> None:
+    shape, machine = movable(), dataclasses.replace(card(77, 120), copy_bytes_per_second=5e9)
+    plan = make_plan(shape, 8_192, machine, explicit={"embedding": place})
+    assert plan.embedding_on_host == (place == "host")
+    free = make_plan(dataclasses.replace(shape, embedding_bytes=0), 8_192, machine)
+    added = plan.predicted.seconds - free.predicted.seconds
+    rows = 8_192 * 4096 * 2
+    wanted = rows / 7e9 + rows / (0.8 * 5e9) if place == "host" else 0.0
+    assert added == pytest.approx(wanted)
+    assert free.predicted.peak_gpu_bytes - plan.predicted.peak_gpu_bytes == pytest.approx(
+        EMBEDDING_BYTES * (place == "host"), abs=1
+    )
+
+
+def test_a_card_that_just_holds_the_embedding_is_not_slower_than_one_that_just_does_not() -> None:
+    smaller, larger = (Machine(int(gib * GIB), 100 * GIB) for gib in (7.66, 7.67))
+    on_gpu = {"embedding": "gpu"}
+    assert try_plan(movable(), 4096, smaller, explicit=on_gpu) is None
+    tight = make_plan(movable(), 4096, larger, explicit=on_gpu)
+    before, now = (make_plan(movable(), 4096, machine).predicted.seconds for machine in (smaller, larger))
+    assert now <= before < tight.predicted.seconds / 2
+
+
+def test_an_embedding_that_the_host_cannot_hold_stays_on_the_gpu() -> None:
+    for spare, fits in ((-(2**20), False), (2**26, True)):
+        # Enough for the table and the staging buffer beside the reserve of 2 GiB, or a little less.
+        machine = Machine(int(8e9), RESERVE + EMBEDDING_BYTES + STAGING_BYTES + spare)
+        assert (try_plan(movable(), 256, machine) is not None) == fits
+
+
+def test_a_model_that_cannot_be_loaded_whole_is_not_planned_without_its_embedding() -> None:
+    for weight_gib, fits in (
+        (6.5, True),
+        (6.7, False),
+    ):  # 0.5 GiB of CUDA's and 0.31 of the adapter beside it
+        shape = dataclasses.replace(movable(weight_gib), embedding_bytes=int(2.5 * GIB))
+        assert (try_plan(shape, 256, EIGHT_GB) is not None) == fits
+    with pytest.raises(ResourceError, match=r"GPU 7\.5 GiB of 7\.4 GiB") as refused:
+        make_plan(shape, 256, EIGHT_GB)
+    assert "The model alone" in (refused.value.hint or "")
 
 
 def test_few_heads_in_a_call_are_chosen_only_for_memory() -> None:
@@ -417,7 +497,8 @@ OTHERWISE = {
     [
         {"grop": 4}, {"group": 0}, {"group": 7}, {"group": "4"}, {"offload": "cloud"}, {"offload": "disk"},
         {"keep_attention": 7}, {"keep_gate_up": -1}, {"tile_tokens": 0}, {"loss_tile": 0},
-        {"kv_heads_per_call": 3}, {"kv_heads_per_call": -1}, {"tile_tokens": True},
+        {"kv_heads_per_call": 3}, {"kv_heads_per_call": -1}, {"tile_tokens": True}, {"embedding": "disk"},
+        {"embedding": "host"},
     ],
     ids=str,
 )  # fmt: skip
