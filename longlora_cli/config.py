@@ -108,7 +108,8 @@ class PrepareConfig(Section):
     synthetic_facts: int = setting(8, "Facts hidden in one synthetic chat.", ge=1, le=64)
     synthetic_questions: int = setting(4, "Facts asked in one synthetic chat.", ge=1, le=64)
     split: str = setting("train", "Split of a hub or saved dataset.")
-    seed: int = setting(0, "Seed of sampling, packing and synthetic chats.", ge=0)
+    show: int = setting(0, "Print so many chunks, learnt tokens set off from masked ones.", ge=0)
+    seed: int = setting(0, "Seed of sampling, packing, synthetic chats and --show.", ge=0)
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> PrepareConfig:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+from longlora_cli.commands.prepare_show import show_samples
 from longlora_cli.config import PrepareConfig
 from longlora_cli.console import Advance, Console
 from longlora_cli.data.chat_template import require_template
@@ -14,6 +15,7 @@ from longlora_cli.data.chunking import Cutter
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.data.documents import Document, find_sources, read_documents
 from longlora_cli.data.haystack import Haystack
+from longlora_cli.data.plots import save_lengths
 from longlora_cli.data.preparation import Preparation, length_histogram
 from longlora_cli.data.synthetic import make_training_chat
 from longlora_cli.data.tokenizing import tokenize
@@ -33,10 +35,12 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         The summary that `--json` prints: counts, what was cut, fill, histogram, the folder.
 
     Raises:
-        SettingsError: The output folder exists, or `--synthetic` cannot be read.
+        SettingsError: The output folder exists, `--synthetic` cannot be read, or `--show` has nothing to show.
         DataError: An input that cannot be used, or nothing left to write.
         NotFoundError: No such model or hub dataset.
     """
+    if config.show and dry_run:
+        raise SettingsError("--show has nothing to show with --dry-run", hint="Leave one of them out.")
     refuse_existing(config.out)
     chats_wanted = _synthetic_chats(config.synthetic)
     sources = find_sources(config.inputs, split=config.split)
@@ -70,7 +74,11 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
             meta["settings"] = config.model_dump(mode="json", exclude_unset=True)
             preparation.write(layout, writer)
             preparation.close()
+            save_lengths(writer.folder / "lengths.png", *writer.documents())
     _show(summary, console, dry_run)
+    if config.show:
+        data = ChunkDataset.open(config.out)
+        show_samples(data, tokenizer, console, count=config.show, seed=config.seed)
     return summary | {"dry_run": dry_run}
 
 

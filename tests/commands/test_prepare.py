@@ -310,3 +310,36 @@ def test_a_full_disk_is_told_and_leaves_nothing(book: Path, model: str, tmp_path
     assert done.returncode == 5, done.stderr
     assert "the disk is full" in done.stderr
     assert left_behind(tmp_path, book) == []
+
+
+def test_show_sets_what_the_assistant_says_off_from_what_is_only_read(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", {"messages": CHAT})
+    assert prepare(source, "-m", model, "-o", tmp_path / "data", "--show", 1) == 0
+    shown = capsys.readouterr().out
+    assert "chunk 1 of 1" in shown
+    assert "⟦The miller slept." in shown
+    assert "Who?" in shown[shown.index("document 1:") : shown.index("⟦The")]
+
+
+def test_show_shortens_a_long_run_and_says_by_how_much(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", "--max-length", 512, "--show", 1) == 0
+    # 512 tokens, the first of them masked, 60 shown at each end.
+    assert "[... 391 tokens ...]" in capsys.readouterr().out
+
+
+def test_show_with_a_dry_run_is_refused_before_anything_is_read(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(tmp_path / "missing.txt", "-m", model, "-o", tmp_path / "d", "--show", 1, "--dry-run") == 2
+    assert "--show has nothing to show with --dry-run" in capsys.readouterr().err
+
+
+def test_a_prepared_folder_has_a_picture_that_its_manifest_covers(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(capsys, book, "-m", model, "-o", tmp_path / "data", "--max-length", 512)
+    assert "lengths.png" in ChunkDataset.open(tmp_path / "data", verify=True).manifests[0].files
