@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
-from longlora_cli.commands.prepare_show import show_samples
+from longlora_cli.commands.prepare_show import Samples, show_samples
 from longlora_cli.config import PrepareConfig
 from longlora_cli.console import Advance, Console
 from longlora_cli.data.chat_template import require_template
@@ -17,6 +19,7 @@ from longlora_cli.data.documents import Document, find_sources, read_documents
 from longlora_cli.data.haystack import Haystack
 from longlora_cli.data.plots import save_lengths
 from longlora_cli.data.preparation import Preparation, length_histogram
+from longlora_cli.data.samples import sampled_chunks
 from longlora_cli.data.synthetic import make_training_chat
 from longlora_cli.data.tokenizing import tokenize
 from longlora_cli.errors import DataError, SettingsError
@@ -35,12 +38,10 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         The summary that `--json` prints: counts, what was cut, fill, histogram, the folder.
 
     Raises:
-        SettingsError: The output folder exists, `--synthetic` cannot be read, or `--show` has nothing to show.
+        SettingsError: The output folder exists, or `--synthetic` cannot be read.
         DataError: An input that cannot be used, or nothing left to write.
         NotFoundError: No such model or hub dataset.
     """
-    if config.show and dry_run:
-        raise SettingsError("--show has nothing to show with --dry-run", hint="Leave one of them out.")
     refuse_existing(config.out)
     chats_wanted = _synthetic_chats(config.synthetic)
     sources = find_sources(config.inputs, split=config.split)
@@ -54,7 +55,9 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     texts = _Texts(keep=bool(chats_wanted))
     with ExitStack() as stack:
         writer = None if dry_run else stack.enter_context(ChunkDataset.writing(config.out, meta))
-        preparation = Preparation(cutter, writer.folder if writer else None)
+        # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
+        spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
+        preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
         with console.progress("Reading, bytes", sum(s.size_bytes for s in sources) or None) as advance:
             documents = _watched(read_documents(sources, seed=config.seed), texts, advance)
@@ -73,12 +76,14 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
             meta["template_sha256"] = template_sha256(tokenizer)
             meta["settings"] = config.model_dump(mode="json", exclude_unset=True)
             preparation.write(layout, writer)
-            preparation.close()
             save_lengths(writer.folder / "lengths.png", *writer.documents())
+        samples = Samples(sampled_chunks(len(layout), config.show, config.seed))
+        if samples.wanted:
+            preparation.write([layout[index] for index in samples.wanted], samples)
+        preparation.close()
     _show(summary, console, dry_run)
-    if config.show:
-        data = ChunkDataset.open(config.out)
-        show_samples(data, tokenizer, console, count=config.show, seed=config.seed)
+    if samples.wanted:
+        show_samples(samples, len(layout), tokenizer, console)
     return summary | {"dry_run": dry_run}
 
 

@@ -1,4 +1,4 @@
-"""`longlora prepare --show N`: samples of what was written, learnt tokens set off from masked ones."""
+"""`longlora prepare --show N`: samples of the chunks, learnt tokens set off from masked ones."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from longlora_cli.console import Console
-from longlora_cli.data.chunk import IGNORE, Chunk
-from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.data.samples import TokenRun, sampled_chunks, token_runs
+from longlora_cli.data.chunk import IGNORE, Chunk, Int32
+from longlora_cli.data.samples import TokenRun, token_runs
 
 # A longer run shows so many of its first and of its last tokens: 32,768 in full would fill 500 lines.
 _EDGE_TOKENS = 60
@@ -18,24 +17,38 @@ _LEARNT, _MASKED, _FRAME = "bold green", "dim", "cyan"
 _OPEN, _CLOSE = "⟦", "⟧"
 
 
-def show_samples(data: ChunkDataset, tokenizer: Any, console: Console, *, count: int, seed: int) -> None:
+class Samples:
+    """Chunks to look at, kept as they are written; a stand-in for the writer where nothing is.
+
+    Args:
+        wanted: Their numbers among all chunks, rising.
+    """
+
+    def __init__(self, wanted: list[int]) -> None:
+        self.wanted = wanted
+        self.chunks: list[Chunk] = []
+
+    def add(self, input_ids: Int32, labels: Int32, document_lengths: Int32) -> None:
+        """Take the next one; see `ChunkWriter.add`."""
+        self.chunks.append(Chunk(input_ids, labels, document_lengths))
+
+
+def show_samples(samples: Samples, total: int, tokenizer: Any, console: Console) -> None:
     """Print some chunks.
 
     Args:
-        data: What was prepared.
-        tokenizer: What it was prepared with.
+        samples: The chunks.
+        total: How many there are in all.
+        tokenizer: What they were prepared with.
         console: Where to.
-        count: How many chunks, at most all.
-        seed: Decides which.
     """
     said = "green" if console.has_colours else f"in {_OPEN}brackets{_CLOSE}"
     console.print(f"Learnt tokens are {said}, the others are only read.")
-    for index in sampled_chunks(len(data), count, seed):
-        chunk = data[index]
+    for index, chunk in zip(samples.wanted, samples.chunks, strict=True):
         learnt = float(np.mean(chunk.labels != IGNORE))
         documents = len(chunk.document_lengths)
         within = "1 document" if documents == 1 else f"{documents:,} documents"
-        title = f"chunk {index + 1:,} of {len(data):,}: {len(chunk):,} tokens in {within}"
+        title = f"chunk {index + 1:,} of {total:,}: {len(chunk):,} tokens in {within}"
         console.styled([(f"{title}, {learnt:.1%} learnt", _FRAME)])
         _show_chunk(chunk, tokenizer, console)
 

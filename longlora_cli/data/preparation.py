@@ -9,14 +9,20 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.data.chunking import Counts, Cutter, TokenizedDocument
-from longlora_cli.data.dataset import ChunkWriter
 from longlora_cli.data.packing import pack, shuffled
+
+
+class TakesChunks(Protocol):
+    """What chunks can be written to."""
+
+    def add(self, input_ids: Int32, labels: Int32, document_lengths: Int32) -> None:
+        """See `ChunkWriter.add`."""
 
 
 class Preparation:
@@ -60,7 +66,7 @@ class Preparation:
         chunks = pack(lengths, self.cutter.max_length) if packed else [[i] for i in range(len(lengths))]
         return shuffled(chunks, seed)
 
-    def write(self, layout: list[list[int]], writer: ChunkWriter) -> None:
+    def write(self, layout: list[list[int]], writer: TakesChunks) -> None:
         """Write the chunks of a layout.
 
         Raises:

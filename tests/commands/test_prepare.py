@@ -331,11 +331,18 @@ def test_show_shortens_a_long_run_and_says_by_how_much(
     assert "[... 391 tokens ...]" in capsys.readouterr().out
 
 
-def test_show_with_a_dry_run_is_refused_before_anything_is_read(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_dry_run_shows_what_would_be_written_and_writes_nothing(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert prepare(tmp_path / "missing.txt", "-m", model, "-o", tmp_path / "d", "--show", 1, "--dry-run") == 2
-    assert "--show has nothing to show with --dry-run" in capsys.readouterr().err
+    shown = []
+    for more in (["--dry-run"], []):
+        arguments = (book, "-m", model, "-o", tmp_path / "data", "--max-length", 128, "--show", 2, *more)
+        assert prepare(*arguments) == 0
+        out = capsys.readouterr().out
+        shown.append(out[out.index("Learnt tokens are") :])
+        assert (tmp_path / "data").exists() != bool(more)
+    assert shown[0] == shown[1]
+    assert left_behind(tmp_path, book, tmp_path / "data") == []
 
 
 def test_a_prepared_folder_has_a_picture_that_its_manifest_covers(
