@@ -107,6 +107,12 @@ class PrepareConfig(Section):
     )
     synthetic_facts: int = setting(8, "Facts hidden in one synthetic chat.", ge=1, le=64)
     synthetic_questions: int = setting(4, "Facts asked in one synthetic chat.", ge=1, le=64)
+    overlap_check: Names = setting(
+        [], "Evaluation data, as INPUTS: documents that share 13 words in a row with them are told."
+    )
+    on_overlap: Literal["report", "drop", "error"] = setting(
+        "report", "What to do with documents that overlap with --overlap-check."
+    )
     split: str = setting("train", "Split of a hub or saved dataset.")
     show: int = setting(0, "Print so many chunks, learnt tokens set off from masked ones.", ge=0)
     seed: int = setting(0, "Seed of sampling, packing, synthetic chats and --show.", ge=0)
@@ -118,6 +124,7 @@ class PrepareConfig(Section):
         if self.min_length > self.max_length:
             raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
         self.needs("overlap", self.overlap == 0 or self.on_long == "split", "only --on-long split overlaps")
+        self.needs("on_overlap", bool(self.overlap_check), "no --overlap-check is asked for")
         for name in ("synthetic_length", "synthetic_facts", "synthetic_questions"):
             self.needs(name, bool(self.synthetic), "no --synthetic chats are asked for")
         if self.synthetic_questions > self.synthetic_facts:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from longlora_cli.commands.prepare_overlap import OverlapWatch
 from longlora_cli.commands.prepare_show import Samples, show_samples
 from longlora_cli.config import PrepareConfig
 from longlora_cli.console import Advance, Console
@@ -52,7 +53,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         require_template(tokenizer)
     cutter = Cutter(config.max_length, config.min_length, config.overlap, config.on_long)
     meta: dict[str, Any] = {}
-    texts = _Texts(keep=bool(chats_wanted))
+    texts, overlap = _Texts(keep=bool(chats_wanted)), OverlapWatch.of(config)
     with ExitStack() as stack:
         writer = None if dry_run else stack.enter_context(ChunkDataset.writing(config.out, meta))
         # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
@@ -60,7 +61,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
         with console.progress("Reading, bytes", sum(s.size_bytes for s in sources) or None) as advance:
-            documents = _watched(read_documents(sources, seed=config.seed), texts, advance)
+            documents = _watched(read_documents(sources, seed=config.seed), overlap, texts, advance)
             for document in tokenize(documents, tokenizer, labels=config.labels):
                 preparation.add(document)
         if chats_wanted:
@@ -69,7 +70,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
                 for document in tokenize(chats, tokenizer, labels=config.labels):
                     preparation.add(document)
         layout = preparation.layout(packed=config.pack, seed=config.seed)
-        summary = _summary(preparation, layout, config, chats_wanted)
+        summary = _summary(preparation, layout, config, chats_wanted) | overlap.facts()
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
             meta["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
@@ -82,6 +83,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
             preparation.write([layout[index] for index in samples.wanted], samples)
         preparation.close()
     _show(summary, console, dry_run)
+    overlap.show(console)
     if samples.wanted:
         show_samples(samples, len(layout), tokenizer, console)
     return summary | {"dry_run": dry_run}
@@ -121,8 +123,13 @@ class _Texts:
         return Haystack(self._texts)
 
 
-def _watched(documents: Iterable[Document], texts: _Texts, advance: Advance) -> Iterator[Document]:
+def _watched(
+    documents: Iterable[Document], overlap: OverlapWatch, texts: _Texts, advance: Advance
+) -> Iterator[Document]:
     for document in documents:
+        if not overlap.keeps(document):
+            advance(document.size_bytes)
+            continue
         if isinstance(document.content, str):
             texts.add(document.content)
         advance(document.size_bytes)

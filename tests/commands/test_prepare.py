@@ -350,3 +350,39 @@ def test_a_prepared_folder_has_a_picture_that_its_manifest_covers(
 ) -> None:
     prepared(capsys, book, "-m", model, "-o", tmp_path / "data", "--max-length", 512)
     assert "lengths.png" in ChunkDataset.open(tmp_path / "data", verify=True).manifests[0].files
+
+
+RUN = "The river ran past the old mill and the amber falcon watched it."
+
+
+@pytest.mark.parametrize(("action", "texts"), [("report", 3), ("drop", 2)])
+def test_documents_that_overlap_with_evaluation_data_are_told_or_left_out(
+    action: str, texts: int, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "Nothing of the kind was ever said by anyone here, as far as anybody knows of it."
+    source = rows(
+        tmp_path / "a.jsonl", {"text": other}, {"text": f"Once. {RUN} So it was."}, {"messages": CHAT}
+    )
+    asked = rows(tmp_path / "eval.jsonl", {"text": RUN.upper()})
+    more = ["--overlap-check", asked, "--on-overlap", action]
+    summary = prepared(capsys, source, "-m", model, "-o", tmp_path / "data", *more)
+    assert summary["overlap"]["documents"] == 1
+    assert summary["overlap"]["most"] == [{"source": f"{source}:2", "shared": 1, "of": 5}]
+    assert summary["documents"] + summary["chats"] == texts
+
+
+def test_an_overlap_can_be_an_error_that_names_the_document(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", {"text": "One."}, {"text": RUN})
+    more = ["--overlap-check", source, "--on-overlap", "error"]
+    assert prepare(source, "-m", model, "-o", tmp_path / "data", *more) == 2
+    assert "a.jsonl:2: 1 of 1 runs of 13 words are in the evaluation data" in capsys.readouterr().err
+    assert left_behind(tmp_path, source) == []
+
+
+def test_what_to_do_with_overlaps_needs_something_to_compare_with(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", "--on-overlap", "drop") == 2
+    assert "--overlap-check" in capsys.readouterr().err
