@@ -219,15 +219,22 @@ class StepCost:
         return np.maximum(attends, 2 * x + attention + self.tile_bytes(setting))
 
     def _backward_run(self, places: Array, groups: Groups, setting: Setting) -> Array:
-        """What the running layer holds in backward: gradient, x, O, dO and either an MLP tile or attention's parts."""
+        """What the running layer holds in backward: gradient, x, O, dO and either an MLP tile or attention's parts.
+
+        Before that, where O was not kept, it holds what attention's forward pass takes, without dO.
+        """
         x, attention, qkv, gate_up = self.sizes
         dout = attention - self.tokens * self.shape.heads * LSE_BYTES
         common = 2 * x + attention + dout
         # Computed together with O, q/k/v stay until attention's backward; else they are computed after the MLP's.
         early = np.where(places[:, ATTENTION] > 0, places[:, QKV] > 0, ~groups.inside) * qkv
-        mlp = early + (places[:, GATE_UP] > 0) * gate_up + self.tile_bytes(setting)
-        attend = qkv + max(self.projection_bytes(setting), self.attention_bytes(setting)[1])
-        return common + np.maximum(mlp, attend)
+        gated = (places[:, GATE_UP] > 0) * gate_up
+        mlp = early + gated + self.tile_bytes(setting)
+        ahead, behind = self.attention_bytes(setting)
+        attend = qkv + max(self.projection_bytes(setting), behind)
+        again = 2 * x + qkv + gated + max(self.projection_bytes(setting), attention + ahead)
+        again = np.where((places[:, ATTENTION] == 0) & ~groups.inside, again, 0.0)
+        return np.maximum(common + np.maximum(mlp, attend), again)
 
     def away_peak(self, places: Array, setting: Setting, place: int) -> Array:
         """Most bytes at `HOST` or `DISK` at any moment, `[candidates]`; what goes to disk passes the host in pieces."""

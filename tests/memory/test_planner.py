@@ -133,6 +133,18 @@ def test_the_prediction_is_what_a_walk_through_the_step_finds(problem: Problem, 
 PLACES = ("recompute", "gpu", "host", "disk")
 
 
+def test_attention_computed_again_before_a_backward_counts_copies_of_its_operands() -> None:
+    shape = ModelShape(
+        1, 96, 4, 4, 8, 200, 64, 2, 1000, 0, 13, embedding_bytes=0, mlp_matrices=2
+    )  # heads of their own and small tiles: the copies are the largest part
+    nothing = Prediction(0, 0, 0, 0.0, 0.0, 0.0)
+    layers = (LayerPlan("host", "recompute", "disk", "host"),)
+    plan = MemoryPlan(2564, layers, "gpu", "gpu", 64, 16, 2, 0, nothing)
+    cost = StepCost(shape, 2564, 2564.0**2, slow(1, 1, 1))
+    predicted = cost.gpu_peak(np.array([[[2], [0], [3], [2]]]), Setting(64, 16, 2, 1, 1))[0]
+    assert Walk(plan, shape, 2564.0**2).run().ledger.peak["gpu"] == pytest.approx(predicted, abs=1)
+
+
 @settings(max_examples=150, deadline=None)
 @given(shapes(), st.integers(1, 50_000), st.data())
 def test_no_plan_at_all_takes_more_than_the_arithmetic_says(
