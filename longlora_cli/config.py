@@ -85,7 +85,10 @@ class PrepareConfig(Section):
     """Turn documents and chats into chunked, packed training data."""
 
     inputs: list[str] = setting(
-        ..., "Files (.txt, .md, .jsonl), folders, saved datasets or hub datasets (hf:NAME).", positional=True
+        ...,
+        "Files (text, JSON, tables, HTML, EPUB, PDF), folders, globs, saved datasets, hub datasets (hf:NAME); "
+        "path[N] samples, path=W mixes.",
+        positional=True,
     )
     out: Path = setting(..., "Folder to make.", short="-o")
     model: str = setting("builtin", "Model whose tokenizer and chat template are used.", short="-m")
@@ -108,7 +111,8 @@ class PrepareConfig(Section):
     synthetic_facts: int = setting(8, "Facts hidden in one synthetic chat.", ge=1, le=64)
     synthetic_questions: int = setting(4, "Facts asked in one synthetic chat.", ge=1, le=64)
     split: str = setting("train", "Split of a hub or saved dataset.")
-    seed: int = setting(0, "Seed of sampling, packing and synthetic chats.", ge=0)
+    stream: bool = setting(False, "Read hub datasets as they are needed, without a copy on disk.")
+    seed: int = setting(0, "Seed of sampling, mixing, packing and synthetic chats.", ge=0)
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> PrepareConfig:

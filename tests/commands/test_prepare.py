@@ -197,11 +197,11 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "misspelt key": ("a.jsonl", b'{"txt": "a"}\n', "a.jsonl:1: unknown key 'txt'; did you mean text?"),
     "not UTF-8 text": ("a.txt", b"ab\ncd\xffe", "a.txt:2: byte 5 is not UTF-8"),
     "not UTF-8 rows": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe4"}', "a.jsonl:2: byte 24 is not UTF-8"),
-    "NUL": ("a.txt", b"one\ntw\0o", "a.txt:2: the file has a NUL character at position 6"),
+    "NUL": ("a.txt", b"one\ntw\0o", "a.txt:2: byte 6 is NUL"),
     "null content": ("a.jsonl", b'{"text": null}', "a.jsonl:1: text is null"),
     "mistyped content": ("a.jsonl", b'{"prompt": ["a"], "completion": "b"}', "a.jsonl:1: prompt is a list"),
     "lone surrogate": ("a.jsonl", b'{"text": "a\\ud83d"}', "a.jsonl:1: text has half a surrogate pair"),
-    "unknown kind": ("a.pdf", b"%PDF", "a.pdf: .pdf is not a kind of document"),
+    "unknown kind": ("a.docx", b"PK", "a.docx: .docx is not a kind of document"),
 }
 
 
@@ -225,7 +225,7 @@ def test_a_folder_without_documents_is_refused(
 ) -> None:
     (tmp_path / "in").mkdir()
     assert prepare(tmp_path / "in", "-m", model, "-o", tmp_path / "data") == 2
-    assert "no .txt, .md, .jsonl file in this folder" in capsys.readouterr().err
+    assert "no .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, .html, .htm, .epub, .pdf file in this folder" in capsys.readouterr().err
 
 
 def test_prepared_data_is_not_prepared_again(
