@@ -81,7 +81,7 @@ def _file(path: Path) -> Source:
 def _together(name: str, paths: list[Path]) -> Source:
     """Files as one source; those of other kinds are left out."""
     readable = [path for path in paths if path.is_file() and kind_of(path)]
-    left_out = [path for path in paths if not path.is_dir() and path not in set(readable)]
+    left_out = [path for path in paths if not path.is_dir() and not (path.is_file() and kind_of(path))]
     if not readable:
         where = "in this folder" if Path(name).is_dir() else "of this name"
         raise DataError(f"{name}: no {', '.join(READERS)} file {where}")
@@ -115,7 +115,7 @@ def _saved_dataset(path: Path, split: str) -> Source:
 
     try:
         dataset = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:  # among them an empty one's IndexError
         raise DataError(f"{path}: not a dataset that can be read: {first_line(error)}") from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
