@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import lzma
+import random
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def test_a_compressed_file_that_is_cut_off_is_told(tmp_path: Path, kind: str, co
     path = save(tmp_path / f"a{kind}{compression}", whole[: len(whole) * 2 // 3])
     error = fault(path)
     assert str(path) in error.message
-    assert "cut off or damaged" in f"{error.message} {error.rule}"
+    assert f"{error.message} {error.rule}".count("cut off or damaged") == 1
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,37 @@ def test_a_parser_that_is_not_installed_is_named_with_its_extra(
     with pytest.raises(DataError, match=f"{kind} files are read with {library}") as caught:
         find_sources([str(tmp_path)], split="train")
     assert caught.value.hint == "pip install 'longlora-cli[documents]'"
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, lost and added, or the end cut off."""
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 8)):
+        at, what = rng.randrange(len(data) or 1), rng.random()
+        if what < 0.5 and data:
+            data[at] = rng.randrange(256)
+        elif what < 0.7:
+            del data[at : at + rng.randint(1, 30)]
+        elif what < 0.9:
+            data[at:at] = rng.randbytes(rng.randint(1, 10))
+        else:
+            del data[at + 1 :]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_file_that_was_damaged_anywhere_is_read_or_told_in_one_line(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(kind)
+    whole = file_of(kind, [f"text {n} {'' if kind == '.pdf' else 'äö'}" for n in range(20)])
+    errors = []
+    for _ in range(50):
+        path = save(tmp_path / f"a{kind}", damaged(whole, rng))
+        try:
+            read(path)
+        except DataError as error:  # any other error fails
+            errors.append(error)
+    assert errors
+    assert all(error.message.startswith(str(path)) and "\n" not in error.message for error in errors)
 
 
 # --- encodings
@@ -264,7 +296,8 @@ def test_parquet_text_that_is_not_utf8_has_its_row(tmp_path: Path) -> None:
 def test_html_becomes_paragraphs_without_scripts_and_tags(tmp_path: Path) -> None:
     body = (
         "<h1>A  title</h1>\n<p>one <b>b</b>old\n line<br>break<script>no()</script><!-- no -->"
-        "<pre>x\n  y</pre><ul><li>1<li>2</ul><table><tr><td>a<td>b<tr><td>c</table>tail&nbsp;&amp; soft&shy;ly"
+        "<pre>x\n  y\n</pre><button>no</button><ul><li>1<li>2</ul>"
+        "<table><tr><td>a<td>b<tr><td>c</table>tail&nbsp;&amp; soft&shy;ly"
     )
     path = save(tmp_path / "a.html", html(body))
     [document] = read(path)

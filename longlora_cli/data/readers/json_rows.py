@@ -102,13 +102,12 @@ def read_json_lines(path: Path) -> Iterator[Document]:
     faults = Faults(str(path))
     documents = start = number = 0
     with InputFile(path) as file:
-        lines = file.lines()
         while not faults.is_full:
+            number += 1
+            line = _next_line(file, faults, number)
+            if not line:
+                break
             try:
-                line = next(lines, b"")
-                number += 1
-                if not line or (number == 1 and note_other_encoding(line, faults)):
-                    break
                 start, at = start + len(line), start
                 text = _decode_line(line, is_first=number == 1, start=at)
                 line = b""  # a line of 100 MB, and 400 MB as text with an emoji, is held once
@@ -124,6 +123,16 @@ def read_json_lines(path: Path) -> Iterator[Document]:
     if not documents and not len(faults):
         faults.add(1, "the file is empty")
     faults.raise_if_any()
+
+
+def _next_line(file: InputFile, faults: Faults, number: int) -> bytes:
+    """The next line; empty where reading ends, which a fault may be the reason for."""
+    try:
+        line = file.read_line()
+    except RowFault as fault:
+        faults.add(number, str(fault))
+        return b""
+    return b"" if number == 1 and note_other_encoding(line, faults) else line
 
 
 def _decode_line(line: bytes, *, is_first: bool, start: int) -> str:

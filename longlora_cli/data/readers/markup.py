@@ -14,7 +14,8 @@ from longlora_cli.data.readers.opening import MOST_BYTES, InputFile, decode_utf8
 from longlora_cli.data.rows import RowFault
 
 # Words of a table, one to a line, would be a page of nothing.
-_NOT_TEXT = frozenset("head script style template noscript iframe object svg canvas audio video".split())  # noqa: SIM905
+_HIDDEN = frozenset("audio canvas head iframe noscript object script style svg template video".split())  # noqa: SIM905
+_NOT_TEXT = _HIDDEN | {"button", "select", "textarea"}
 _SECTIONS = frozenset("address article aside blockquote body footer form header main nav section".split())  # noqa: SIM905
 _BLOCKS = frozenset("dd details div dl dt fieldset figcaption figure hr ol p pre table ul".split())  # noqa: SIM905
 _HEADINGS = frozenset(f"h{level}" for level in range(1, 7))
@@ -182,6 +183,8 @@ class _Layout:
 
     def _put(self, text: str) -> None:
         if self._parts:
+            if self._break.startswith("\n"):  # preformatted text may end with its own
+                self._parts[-1] = self._parts[-1].rstrip("\n")
             self._parts.append(self._break)
         self._break = ""
         self._parts.append(text)

@@ -79,15 +79,24 @@ class InputFile:
         while block := self._read(self._stream.read, _BLOCK_BYTES):
             yield block
 
-    def lines(self) -> Iterator[bytes]:
-        """The content line by line, each with its newline.
+    def read_line(self) -> bytes:
+        """The next line with its newline; empty at the end. It belongs to the caller alone.
 
         Raises:
-            RowFault: The compressed data is damaged or cut off, or a line is longer than 1 GiB.
+            RowFault: The compressed data is damaged or cut off, or the line is longer than 1 GiB.
         """
-        while line := self._read(self._stream.readline, MOST_BYTES + 1):
-            if len(line) > MOST_BYTES:
-                raise RowFault("the line is longer than 1 GiB, which is more than one document may have")
+        line = self._read(self._stream.readline, MOST_BYTES + 1)
+        if len(line) > MOST_BYTES:
+            raise RowFault("the line is longer than 1 GiB, which is more than one document may have")
+        return line
+
+    def lines(self) -> Iterator[bytes]:
+        """The content line by line, as `read_line` gives it.
+
+        Raises:
+            RowFault: As `read_line`.
+        """
+        while line := self.read_line():
             yield line
 
     def _read(self, read: Any, most_bytes: int) -> bytes:
