@@ -85,7 +85,10 @@ class PrepareConfig(Section):
     """Turn documents and chats into chunked, packed training data."""
 
     inputs: list[str] = setting(
-        ..., "Files (.txt, .md, .jsonl), folders, saved datasets or hub datasets (hf:NAME).", positional=True
+        ...,
+        "Files (text, JSON, tables, HTML, EPUB, PDF), folders, globs, saved datasets, hub datasets (hf:NAME); "
+        "path[N] samples, path=W mixes.",
+        positional=True,
     )
     out: Path = setting(..., "Folder to make.", short="-o")
     model: str = setting("builtin", "Model whose tokenizer and chat template are used.", short="-m")
@@ -114,8 +117,9 @@ class PrepareConfig(Section):
         "report", "What to do with documents that overlap with --overlap-check."
     )
     split: str = setting("train", "Split of a hub or saved dataset.")
+    stream: bool = setting(False, "Read hub datasets as they are needed, without a copy on disk.")
     show: int = setting(0, "Print so many chunks, learnt tokens set off from masked ones.", ge=0)
-    seed: int = setting(0, "Seed of sampling, packing, synthetic chats and --show.", ge=0)
+    seed: int = setting(0, "Seed of sampling, mixing, packing, synthetic chats and --show.", ge=0)
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> PrepareConfig:

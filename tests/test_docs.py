@@ -58,7 +58,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
         for number in range(3):
             Path(f"books/{number}.txt").write_text(text[60_000 + number * 20_000 :][:20_000])
         chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
-        Path("chats.jsonl").write_text(json.dumps(chat) + "\n")
+        Path("chats.jsonl").write_text((json.dumps(chat) + "\n") * 200)
         Path("questions.jsonl").write_text(
             json.dumps({"input": "What is it?", "outputs": ["A test."]}) + "\n"
         )

@@ -9,6 +9,7 @@ from typing import Any
 from longlora_cli.config import ChatConfig
 from longlora_cli.console import Console
 from longlora_cli.data.documents import find_sources, read_documents
+from longlora_cli.data.readers import WHOLE_TEXTS, kind_of
 from longlora_cli.errors import DataError, Interrupted
 from longlora_cli.generation.budget import Budget, free_bytes
 from longlora_cli.generation.conversation import Conversation, Prompt
@@ -39,7 +40,7 @@ def read_texts(path: Path) -> list[tuple[str, str]]:
     Raises:
         DataError: Nothing there, or not UTF-8; the byte is told.
     """
-    if path.is_dir() or path.suffix.lower() in (".txt", ".md") or not path.exists():
+    if path.is_dir() or kind_of(path) in WHOLE_TEXTS or not path.exists():
         documents = read_documents(find_sources([str(path)], split="train"), seed=0)
         return [(Path(d.source).name, _as_text(d.content)) for d in documents]
     raw = path.read_bytes()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from longlora_cli.commands.prepare_show import Samples, show_samples
 from longlora_cli.config import PrepareConfig
 from longlora_cli.console import Advance, Console
 from longlora_cli.data.chat_template import require_template
-from longlora_cli.data.chunking import Cutter
+from longlora_cli.data.chunking import Cutter, TokenizedDocument
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.data.documents import Document, find_sources, read_documents
+from longlora_cli.data.documents import Document, Mixed, Source, find_sources, mix, read_documents
 from longlora_cli.data.haystack import Haystack
 from longlora_cli.data.plots import save_lengths
 from longlora_cli.data.preparation import Preparation, length_histogram
@@ -45,12 +46,13 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     """
     refuse_existing(config.out)
     chats_wanted = _synthetic_chats(config.synthetic)
-    sources = find_sources(config.inputs, split=config.split)
+    sources = find_sources(config.inputs, split=config.split, stream=config.stream)
     for name in [file for source in sources for file in source.left_out]:
         console.warn(f"left out {name}: not a kind of document that can be read")
     tokenizer = load_tokenizer(config.model)
     if chats_wanted:
         require_template(tokenizer)
+    mixture = _Mixture(sources, tokenizer, config, console)
     cutter = Cutter(config.max_length, config.min_length, config.overlap, config.on_long)
     meta: dict[str, Any] = {}
     texts, overlap = _Texts(keep=bool(chats_wanted)), OverlapWatch.of(config)
@@ -60,9 +62,9 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
         preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
-        with console.progress("Reading, bytes", sum(s.size_bytes for s in sources) or None) as advance:
-            documents = _watched(read_documents(sources, seed=config.seed), overlap, texts, advance)
-            for document in tokenize(documents, tokenizer, labels=config.labels):
+        with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
+            documents = _watched(mixture.read(overlap.keeps), texts, advance)
+            for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels)):
                 preparation.add(document)
         if chats_wanted:
             with console.progress("Retrieval chats", chats_wanted) as advance:
@@ -70,7 +72,8 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
                 for document in tokenize(chats, tokenizer, labels=config.labels):
                     preparation.add(document)
         layout = preparation.layout(packed=config.pack, seed=config.seed)
-        summary = _summary(preparation, layout, config, chats_wanted) | overlap.facts()
+        summary = _summary(preparation, layout, config, chats_wanted)
+        summary |= {"mixture": mixture.rows(), **overlap.facts()}
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
             meta["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
@@ -102,6 +105,70 @@ def _synthetic_chats(requests: list[str]) -> int:
     return count
 
 
+class _Mixture:
+    """The sources, mixed where they have weights, and the tokens that each of them gave.
+
+    Args:
+        sources: From `find_sources`.
+        tokenizer: Counts the tokens of a few documents, so that weights are shares of tokens.
+        config: Settings of the command.
+        console: Shows the first reading.
+    """
+
+    def __init__(
+        self, sources: list[Source], tokenizer: Any, config: PrepareConfig, console: Console
+    ) -> None:
+        self._seed = config.seed
+        self._sources = sources
+        self._parts: list[Mixed] = []
+        if any(source.weight is not None for source in sources):
+
+            def count_tokens(documents: list[Document]) -> list[int]:
+                return [len(d.ids) for d in tokenize(documents, tokenizer, labels=config.labels)]
+
+            with console.progress("Weighing, inputs", len(sources)) as advance:
+                self._parts = mix(sources, seed=config.seed, count_tokens=count_tokens)
+                advance(len(sources))
+            self._sources = [part.source for part in self._parts]
+        self._origins: deque[int] = deque()  # of the documents that are being tokenized, in order
+        self._tokens = [0] * len(sources)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files, 0 where parts of them are read."""
+        return 0 if self._parts else sum(source.size_bytes for source in self._sources)
+
+    def read(self, keeps: Callable[[Document], bool]) -> Iterator[Document]:
+        """The documents that `keeps` says to keep."""
+        if not self._parts:
+            yield from filter(keeps, read_documents(self._sources, seed=self._seed))
+            return
+        for number, source in enumerate(self._sources):
+            for document in filter(keeps, read_documents([source], seed=self._seed)):
+                self._origins.append(number)
+                yield document
+
+    def counted(self, documents: Iterable[TokenizedDocument]) -> Iterator[TokenizedDocument]:
+        for document in documents:
+            if self._parts:
+                self._tokens[self._origins.popleft()] += len(document.ids)
+            yield document
+
+    def rows(self) -> list[dict[str, Any]]:
+        total = sum(self._tokens) or 1
+        return [
+            {
+                "input": part.source.name,
+                "weight": part.weight,
+                "share": tokens / total,
+                "tokens": tokens,
+                "documents": part.documents,
+                "of_documents": part.available,
+            }
+            for part, tokens in zip(self._parts, self._tokens, strict=False)
+        ]
+
+
 class _Texts:
     """The texts read so far, as a haystack for synthetic chats."""
 
@@ -123,13 +190,8 @@ class _Texts:
         return Haystack(self._texts)
 
 
-def _watched(
-    documents: Iterable[Document], overlap: OverlapWatch, texts: _Texts, advance: Advance
-) -> Iterator[Document]:
+def _watched(documents: Iterable[Document], texts: _Texts, advance: Advance) -> Iterator[Document]:
     for document in documents:
-        if not overlap.keeps(document):
-            advance(document.size_bytes)
-            continue
         if isinstance(document.content, str):
             texts.add(document.content)
         advance(document.size_bytes)
@@ -200,6 +262,11 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
     ]
     needed = {"tokens read", "tokens in chunks", "tokens learnt", "chunks", "longest chunk, tokens"}
     console.table("", ["Prepared", ""], [row for row in rows if row[1] or row[0] in needed])
+    for part in summary["mixture"]:
+        console.print(
+            f"{part['input']}: {part['share']:.1%} of the tokens read (wanted {part['weight']:.1%}), "
+            f"{part['documents']:,} of {part['of_documents']:,} documents."
+        )
     console.print(f"Chunks are {summary['fill']:.1%} full; {trained:.1%} of the tokens are learnt.")
     console.print("Pieces by length in tokens:")
     most = max(row["pieces"] for row in summary["histogram"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from longlora_cli.data.chat_template import Message
-from longlora_cli.data.faults import did_you_mean
+from longlora_cli.data.faults import did_you_mean, shown
 
 _ROLES = {
     "system": "system",
@@ -14,7 +15,9 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-_KEYS = ("text", "messages", "conversations", "prompt", "completion", "input", "outputs")
+_FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("input", "outputs"), ("text",))
+KEYS = tuple(key for form in _FORMS for key in form)
+"""Keys of a row that are read; others (ids, sources, ...) are left alone."""
 _KINDS = "text, messages, conversations, prompt + completion, input + outputs"
 
 
@@ -36,30 +39,41 @@ def read_row(row: Any) -> str | list[Message]:
     """
     if not isinstance(row, dict):
         raise RowFault(f"a row is a JSON object, not {_kind(row)}")
-    for key in ("messages", "conversations"):
-        if row.get(key) is not None:
-            return _chat(row[key], key)
-    if "prompt" in row and "completion" in row:
-        return _pair(row, "prompt", "completion")
-    if "input" in row and "outputs" in row:
-        return _pair(row, "input", "outputs")
-    if "text" in row:
-        return checked_text(row["text"], "text")
-    raise RowFault(_unknown(row))
+    form = _form(row)
+    if form is None:
+        raise RowFault(unknown_keys(row) or "the row cannot be read")
+    if form[0] in ("messages", "conversations"):
+        return _chat(row[form[0]], form[0])
+    return checked_text(row["text"], "text") if form == ("text",) else _pair(row, *form)
 
 
-def _unknown(row: dict[str, Any]) -> str:
+def _form(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The keys that make the row a document: the first form whose values are there, else whose keys are.
+
+    In tables and datasets every row has every key, and a null is what a row lacks.
+    """
+    there = [form for form in _FORMS if all(key in row for key in form)]
+    full = [form for form in there if all(row[key] is not None for key in form)]
+    some = [form for form in there if any(row[key] is not None for key in form)]
+    return next(iter(full + some + there), None)
+
+
+def unknown_keys(keys: Iterable[str]) -> str | None:
+    """Why keys (or columns) can be no row's; None where they can."""
+    row = list(keys)
+    if any(all(key in row for key in form) for form in _FORMS):
+        return None
     for key in row:
-        hint = did_you_mean(key, _KEYS)
-        if hint and key not in _KEYS:
-            return f"unknown key {key!r}{hint}"
+        hint = did_you_mean(key, KEYS)
+        if hint and key not in KEYS:
+            return f"unknown key {shown(key)}{hint}"
     partner = {"prompt": "completion", "completion": "prompt", "input": "outputs", "outputs": "input"}
     for key, other in partner.items():
         if key in row:
             return f"{key!r} without {other!r}"
     if not row:
         return f"the row is empty; a row has {_KINDS}"
-    return f"a row has {_KINDS}; this one has {', '.join(map(str, list(row)[:8]))}"
+    return f"a row has {_KINDS}; this one has {', '.join(shown(key).strip(chr(39)) for key in row[:8])}"
 
 
 def checked_text(value: Any, name: str) -> str:
@@ -121,14 +135,14 @@ def _message(turn: Any, number: int) -> Message:
         # A null key is what datasets writes for a key that only other rows have.
         if key not in (role_key, content_key) and value is not None:
             hint = did_you_mean(key, (role_key, content_key))
-            raise RowFault(f"message {number} has the unknown key {key!r}{hint}")
+            raise RowFault(f"message {number} has the unknown key {shown(key)}{hint}")
     for key in (role_key, content_key):
         if key not in turn:
             raise RowFault(f"message {number} has no {key!r}")
     role = turn[role_key]
     if not isinstance(role, str) or role not in _ROLES:
         hint = did_you_mean(role, _ROLES) if isinstance(role, str) else ""
-        raise RowFault(f"message {number} has the unknown {role_key} {role!r}{hint}")
+        raise RowFault(f"message {number} has the unknown {role_key} {shown(role)}{hint}")
     return {
         "role": _ROLES[role],
         "content": checked_text(turn[content_key], f"{content_key} of message {number}"),
@@ -140,5 +154,7 @@ def _kind(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true or false"
+    if isinstance(value, float) and value != value:
+        return "NaN"
     names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
     return names.get(type(value), type(value).__name__)

@@ -181,6 +181,34 @@ def test_a_person_sees_the_counts_and_a_histogram(
     assert f"Wrote {tmp_path / 'data'}." in shown
 
 
+def test_a_mixture_has_its_shares_of_the_tokens_and_shows_them(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = rows(
+        tmp_path / "texts.jsonl", *({"text": "The river ran past the mill. " * 8} for _ in range(400))
+    )
+    chats = rows(tmp_path / "chats.jsonl", *({"messages": CHAT} for _ in range(400)))
+    inputs = [f"{texts}=3", f"{chats}=1", "-m", model]
+    summary = prepared(capsys, *inputs, "-o", tmp_path / "data")
+    first, second = summary["mixture"]
+    assert first["weight"] == 0.75
+    assert first["share"] == pytest.approx(0.75, abs=0.005)
+    assert first["tokens"] + second["tokens"] == summary["tokens_read"]
+    assert (second["documents"], second["of_documents"]) == (400, 400) or first["documents"] == 400
+    assert summary["documents"] == first["documents"]
+    assert summary["chats"] == second["documents"]
+    assert prepare(*inputs, "-o", tmp_path / "again") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"chats.jsonl: {second['share']:.1%} of the tokens read (wanted 25.0%)" in shown
+
+
+def test_streaming_files_is_refused(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", "--stream") == 2
+    assert "--stream has no effect" in capsys.readouterr().err
+
+
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "missing": ("gone.txt", b"", "gone.txt: no such file or folder"),
     "empty text": ("a.txt", b"", "a.txt:1: the file is empty"),
@@ -197,11 +225,11 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "misspelt key": ("a.jsonl", b'{"txt": "a"}\n', "a.jsonl:1: unknown key 'txt'; did you mean text?"),
     "not UTF-8 text": ("a.txt", b"ab\ncd\xffe", "a.txt:2: byte 5 is not UTF-8"),
     "not UTF-8 rows": ("a.jsonl", b'{"text": "a"}\n{"text": "\xe4"}', "a.jsonl:2: byte 24 is not UTF-8"),
-    "NUL": ("a.txt", b"one\ntw\0o", "a.txt:2: the file has a NUL character at position 6"),
+    "NUL": ("a.txt", b"one\ntw\0o", "a.txt:2: byte 6 is NUL"),
     "null content": ("a.jsonl", b'{"text": null}', "a.jsonl:1: text is null"),
     "mistyped content": ("a.jsonl", b'{"prompt": ["a"], "completion": "b"}', "a.jsonl:1: prompt is a list"),
     "lone surrogate": ("a.jsonl", b'{"text": "a\\ud83d"}', "a.jsonl:1: text has half a surrogate pair"),
-    "unknown kind": ("a.pdf", b"%PDF", "a.pdf: .pdf is not a kind of document"),
+    "unknown kind": ("a.docx", b"PK", "a.docx: .docx is not a kind of document"),
 }
 
 
@@ -225,7 +253,9 @@ def test_a_folder_without_documents_is_refused(
 ) -> None:
     (tmp_path / "in").mkdir()
     assert prepare(tmp_path / "in", "-m", model, "-o", tmp_path / "data") == 2
-    assert "no .txt, .md, .jsonl file in this folder" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'in'}: no .txt, .md, .jsonl," in error
+    assert ".pdf file in this folder" in error
 
 
 def test_prepared_data_is_not_prepared_again(

@@ -94,12 +94,12 @@ def test_a_json_lines_file_is_a_document_a_row(tmp_path: Path) -> None:
 
 
 def test_folders_are_read_whole_and_sorted(tmp_path: Path) -> None:
-    for name in ("b/2.txt", "a.txt", "b/1.md", "b/c/3.TXT", ".git/x.txt", ".hidden.txt", "b/z.pdf"):
+    for name in ("b/2.txt", "a.txt", "b/1.md", "b/c/3.TXT", ".git/x.txt", ".hidden.txt", "b/z.docx"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     assert [d.content for d in read(tmp_path)] == ["a.txt", "b/1.md", "b/2.txt", "b/c/3.TXT"]
     [source] = find_sources([str(tmp_path)], split="train")
-    assert source.left_out == (str(tmp_path / "b/z.pdf"),)
+    assert source.left_out == (str(tmp_path / "b/z.docx"),)
 
 
 def test_a_sample_is_the_seeds_and_keeps_the_order(tmp_path: Path) -> None:

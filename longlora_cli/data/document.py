@@ -1,0 +1,49 @@
+"""What readers give: documents, and the sources that they are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from longlora_cli.data.chat_template import Message
+
+
+@dataclass(frozen=True)
+class Document:
+    """A source text or chat.
+
+    Args:
+        source: Where it comes from: `file`, `file:line` or `dataset:row`.
+        content: A text, or the messages of a chat.
+        size_bytes: What it took in its file, compressed as it lies there; 0 where that is not known.
+    """
+
+    source: str
+    content: str | list[Message]
+    size_bytes: int = 0
+
+    @property
+    def is_chat(self) -> bool:
+        """True for turns of a conversation, False for plain text."""
+        return not isinstance(self.content, str)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to read documents from, as often as needed.
+
+    Args:
+        name: As the user named it.
+        read: Starts reading from the beginning.
+        size_bytes: Size of the file, for progress.
+        sample: Take this many documents, chosen by the seed; None takes all.
+        weight: Its share in a mixture, beside the other sources' weights; None without a mixture.
+        left_out: Files of a folder that are of no kind that can be read.
+    """
+
+    name: str
+    read: Callable[[], Iterator[Document]]
+    size_bytes: int = 0
+    sample: int | None = None
+    weight: float | None = None
+    left_out: tuple[str, ...] = ()

@@ -1,0 +1,296 @@
+"""JSON: lines of rows, or one array of rows, read a row at a time.
+
+The array is not read by an event parser such as ijson, which would be one more dependency: the standard
+library's scanner decodes one value from the middle of a text and tells where it ended, so that a row costs the
+memory of a row, a fault has its line, and both kinds of file follow the same rules.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from longlora_cli.data.document import Document
+from longlora_cli.data.faults import Faults, shown
+from longlora_cli.data.readers.opening import (
+    MOST_BYTES,
+    InputFile,
+    decode_utf8,
+    not_utf8,
+    note_other_encoding,
+)
+from longlora_cli.data.rows import RowFault, read_row
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+# An error this near to the end of what was read may only mean that more must be read: 16 characters are longer
+# than any literal or escape (\ud83d\ude00 has 12).
+_CUT_CHARACTERS = 16
+
+
+class _Decoder:
+    """Standard JSON; what `json` lets pass although it loses or makes up data is refused."""
+
+    def __init__(self) -> None:
+        self._noted: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+
+    def value(self, text: str, start: int = 0) -> tuple[Any, int]:
+        """The value that begins at `start`, and where it ends.
+
+        Raises:
+            json.JSONDecodeError: Not JSON, or cut off.
+            RowFault: What cannot be read, though it may be JSON.
+        """
+        self._noted.clear()
+        try:
+            return self._decoder.raw_decode(text, start)
+        except json.JSONDecodeError:
+            raise
+        except RecursionError as error:
+            raise RowFault("not JSON that can be read: nested too deeply") from error
+        except ValueError as error:  # a number of thousands of digits
+            raise RowFault(f"not JSON that can be read: {error}") from error
+
+    def raise_if_noted(self) -> None:
+        """Raise what was wrong with the last value although it could be decoded.
+
+        Raises:
+            RowFault: A key that is there twice, NaN or an infinite number.
+        """
+        if self._noted:
+            raise RowFault(self._noted[0])
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+            self._noted.append(f"the key {shown(twice)} is there twice in one object")
+        return row
+
+    def _constant(self, name: str) -> None:
+        self._noted.append(f"{name} is no JSON value; a missing value is null")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text that holds one, as strict as a prepared row must be.
+
+    Raises:
+        RowFault: Not JSON (with the column), nested too deeply, a key twice, NaN or an infinite number.
+    """
+    decoder = _Decoder()
+    try:
+        value, end = decoder.value(text, _end_of_space(text, 0))
+        end = _end_of_space(text, end)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError as error:
+        raise RowFault(f"column {error.colno}: not JSON: {error.msg.removesuffix(' at')}") from error
+    decoder.raise_if_noted()
+    return value
+
+
+def read_json_lines(path: Path) -> Iterator[Document]:
+    """One document per line; blank lines are passed over.
+
+    Raises:
+        DataError: The first 20 lines that cannot be used.
+    """
+    faults = Faults(str(path))
+    documents = start = number = 0
+    with InputFile(path) as file:
+        while not faults.is_full:
+            number += 1
+            line = _next_line(file, faults, number)
+            if not line:
+                break
+            try:
+                start, at = start + len(line), start
+                text = _decode_line(line, is_first=number == 1, start=at)
+                line = b""  # a line of 100 MB, and 400 MB as text with an emoji, is held once
+                if not text or text.isspace():
+                    continue
+                content = read_row(parse_json(text))
+            except RowFault as fault:
+                faults.add(number, str(fault))
+                continue
+            documents += 1
+            if not len(faults):
+                yield Document(f"{path}:{number}", content, file.taken_bytes())
+    if not documents and not len(faults):
+        faults.add(1, "the file is empty")
+    faults.raise_if_any()
+
+
+def _next_line(file: InputFile, faults: Faults, number: int) -> bytes:
+    """The next line; empty where reading ends, which a fault may be the reason for."""
+    try:
+        line = file.read_line()
+    except RowFault as fault:
+        faults.add(number, str(fault))
+        return b""
+    return b"" if number == 1 and note_other_encoding(line, faults) else line
+
+
+def _decode_line(line: bytes, *, is_first: bool, start: int) -> str:
+    """The text of a line that begins at byte `start` of its file, without its end."""
+    line = line.rstrip(b"\r\n")
+    try:
+        text = line.decode("utf-8-sig" if is_first else "utf-8")
+    except UnicodeDecodeError as error:
+        # utf-8-sig counts from behind the mark.
+        mark = len(line) - len(error.object)
+        raise RowFault(not_utf8(line, mark + error.start, start)) from error
+    if "\0" in text:
+        raise RowFault(f"byte {start + line.index(0)} is NUL")
+    return text
+
+
+def read_json(path: Path) -> Iterator[Document]:
+    """The rows of an array, or objects one after another, of which one alone is a file of one row.
+
+    Raises:
+        DataError: The first 20 rows that cannot be used; after a fault of the syntax nothing more is read.
+    """
+    faults = Faults(str(path))
+    documents = 0
+    with InputFile(path) as file:
+        scanner = _Scanner(_parts(file, faults))
+        for line, value in _rows(scanner, faults):
+            try:
+                scanner.decoder.raise_if_noted()
+                content = read_row(value)
+            except RowFault as fault:
+                faults.add(line, str(fault))
+                continue
+            documents += 1
+            if not len(faults):
+                yield Document(f"{path}:{line}", content, file.taken_bytes())
+    if not documents and not len(faults):
+        faults.add(1, "there is no row in the file")
+    faults.raise_if_any()
+
+
+def _parts(file: InputFile, faults: Faults) -> Iterator[str]:
+    lines = 1
+    try:
+        for part in decode_utf8(file.blocks(), faults):
+            lines += part.count("\n")
+            yield part
+    except RowFault as fault:
+        faults.add(lines, str(fault))
+
+
+class _Scanner:
+    """Values out of a text that comes in parts, with the line of each.
+
+    Args:
+        parts: The text.
+    """
+
+    def __init__(self, parts: Iterator[str]) -> None:
+        self.decoder = _Decoder()
+        self.line = 1
+        self._parts = parts
+        self._text = ""
+        self._at = 0
+        self._is_whole = False
+
+    def next_character(self) -> str:
+        """The next character that is no space, left where it is; empty at the end."""
+        while True:
+            end = _end_of_space(self._text, self._at)
+            self._go_to(end)
+            if end < len(self._text):
+                return self._text[end]
+            if not self._read_more():
+                return ""
+
+    def skip(self) -> None:
+        """Pass over one character."""
+        self._at += 1
+
+    def value(self) -> Any:
+        """The value that begins here.
+
+        Raises:
+            RowFault: Not JSON; `line` is then where.
+        """
+        while True:
+            try:
+                value, end = self.decoder.value(self._text, self._at)
+            except json.JSONDecodeError as error:
+                ahead = error.pos - self._at
+                is_cut = error.msg.startswith("Unterminated string") or (
+                    error.pos >= len(self._text) - _CUT_CHARACTERS
+                )
+                if is_cut and self._read_more():
+                    continue
+                self._go_to(self._at + ahead)
+                raise RowFault(f"not JSON: {error.msg.removesuffix(' at')}") from error
+            ahead = end - self._at
+            if end == len(self._text) and self._read_more():
+                continue  # a number may go on
+            self._go_to(self._at + ahead)
+            return value
+
+    def _go_to(self, end: int) -> None:
+        self.line += self._text.count("\n", self._at, end)
+        self._at = end
+
+    def _read_more(self) -> bool:
+        """Read at least as much again as waits, so that a long value is tried few times."""
+        waiting = len(self._text) - self._at
+        if waiting > MOST_BYTES:
+            raise RowFault("a row is longer than 1 GiB, which is more than one document may have")
+        parts = [self._text[self._at :]]
+        more = 0
+        while more <= waiting and not self._is_whole:
+            part = next(self._parts, None)
+            self._is_whole = part is None
+            parts.append(part or "")
+            more += len(parts[-1])
+        self._text, self._at = "".join(parts), 0
+        return more > 0
+
+
+def _rows(scanner: _Scanner, faults: Faults) -> Iterator[tuple[int, Any]]:
+    """Line and value of each row until the faults are full or the syntax is lost."""
+    try:
+        is_array = scanner.next_character() == "["
+        if is_array:
+            scanner.skip()
+        while not faults.is_full and (character := scanner.next_character()):
+            if is_array and character == "]":
+                break
+            line = scanner.line
+            yield line, scanner.value()
+            if is_array and scanner.next_character() == ",":
+                scanner.skip()
+                if scanner.next_character() == "]":
+                    raise RowFault("not JSON: a comma before the end of the array")
+            elif is_array and scanner.next_character() != "]":
+                break
+        if is_array and not faults.is_full:
+            _end_of_array(scanner)
+    except RowFault as fault:
+        faults.add(scanner.line, str(fault))
+
+
+def _end_of_array(scanner: _Scanner) -> None:
+    character = scanner.next_character()
+    if not character:
+        raise RowFault("not JSON: the array of rows is not closed, the file ends here")
+    if character != "]":
+        raise RowFault(f"not JSON: {shown(character)} where a comma or ] is needed")
+    scanner.skip()
+    if character := scanner.next_character():
+        raise RowFault(f"not JSON: {shown(character)} after the end of the array")
+
+
+def _end_of_space(text: str, start: int) -> int:
+    match = _SPACE.match(text, start)
+    return match.end() if match else start

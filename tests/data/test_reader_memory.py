@@ -1,0 +1,112 @@
+"""Memory over imports, in real processes: rows cost a row, whatever the file; a document that must be held, itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+READ = """
+import sys
+import datasets, pyarrow.parquet, selectolax.lexbor, pypdfium2
+from longlora_cli.data.documents import find_sources, read_documents
+
+def peak_bytes():
+    # Not ru_maxrss: it begins with what the process had before it became this one, and that is pytest's.
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+before = peak_bytes()
+characters = 0
+for document in read_documents(find_sources(sys.argv[1:], split="train"), seed=0):
+    characters += len(document.content)
+    del document
+print(characters, peak_bytes() - before)
+"""
+PARAGRAPH = "".join(f"word{n} " for n in range(1200))[:8191] + "."  # 8 KiB
+ROWS = 16_384  # of a paragraph: 128 MiB
+TEXT_CHARACTERS = 100_000_000
+
+
+def read(path: Path) -> tuple[int, int]:
+    """Characters read and bytes of memory taken over imports, by a process of its own."""
+    done = subprocess.run([sys.executable, "-c", READ, str(path)], check=True, capture_output=True, text=True)
+    characters, peak_bytes = done.stdout.split()
+    return int(characters), int(peak_bytes)
+
+
+def json_lines(path: Path) -> None:
+    path.write_bytes((json.dumps({"text": PARAGRAPH}) + "\n").encode() * ROWS)
+
+
+def json_array(path: Path) -> None:
+    row = json.dumps({"text": PARAGRAPH}).encode()
+    path.write_bytes(b"[" + (row + b",\n") * (ROWS - 1) + row + b"]")
+
+
+def compressed(path: Path) -> None:
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write((json.dumps({"text": PARAGRAPH}) + "\n").encode() * ROWS)
+
+
+def table(path: Path) -> None:
+    path.write_bytes(b"id,text\n" + f"1,{PARAGRAPH}\n".encode() * ROWS)
+
+
+def parquet(path: Path) -> None:
+    texts = pa.array([f"{n:07} {PARAGRAPH[8:]}" for n in range(ROWS)])
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=ROWS, use_dictionary=False)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+    for number in range(128):
+        (path / f"{number}.txt").write_text(PARAGRAPH * (ROWS // 128))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.jsonl", json_lines),
+        ("a.json", json_array),
+        ("a.jsonl.gz", compressed),
+        ("a.csv", table),
+        ("a.parquet", parquet),
+        ("folder", folder),
+    ],
+)
+def test_rows_and_files_are_read_one_at_a_time(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / name)
+    characters, peak_bytes = read(tmp_path / name)
+    assert characters == ROWS * len(PARAGRAPH)
+    assert peak_bytes < characters / 2
+
+
+def plain(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="")
+
+
+def one_line(path: Path, text: str) -> None:
+    path.write_text(json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "x"}\n', encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.txt", plain), ("a.jsonl", one_line)])
+@pytest.mark.parametrize("character", ["é", "🙂"])
+def test_a_document_of_100_mb_takes_less_than_a_gigabyte(
+    tmp_path: Path, name: str, write: Callable[[Path, str], None], character: str
+) -> None:
+    # One emoji makes each of a text's characters four bytes in memory: the worst that 100 MB can be.
+    text = (PARAGRAPH[:-1] + "\n") * (TEXT_CHARACTERS // len(PARAGRAPH)) + character
+    write(tmp_path / name, text)
+    characters, peak_bytes = read(tmp_path / name)
+    assert characters >= len(text)
+    assert peak_bytes < 1e9
