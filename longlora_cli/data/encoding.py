@@ -73,13 +73,18 @@ class SafeEncoder:
         """Ids of each text, int32 `[tokens]`, without begin and end tokens; all cores work on it."""
         return [self.ids(e) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    @property
+    def has_inner(self) -> bool:
+        """Whether pieces after a text's first are encoded otherwise than whole texts."""
+        return self._inner is not self.backend
+
     def encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[npt.NDArray[np.int32]]:
         """Ids of pieces that texts were cut into at `seams`, int32 `[tokens]` each; all cores work on them.
 
         Args:
             pieces: Text, and whether it begins its text.
         """
-        if self._inner is self.backend:
+        if not self.has_inner:
             return self.encode_batch([text for text, _ in pieces])
         starts = iter(self.encode_batch([text for text, begins in pieces if begins]))
         inner = [text for text, begins in pieces if not begins]

@@ -8,8 +8,8 @@ and decides for a pair of neighbours:
    where no added token holds the pair; tokens that take in spaces around them, or need a word's end, must not touch it.
 2. *Normalizers*. Unicode forms never reach over `after` when it is a starter that does not compose with what stands
    before it (Unicode Standard Annex 15); SentencePiece's character map works on grapheme clusters (Annex 29), and both
-   neighbours begin one; replacements by pattern are matches (`split_pattern`). Only ASCII and some East Asian characters
-   are taken, of which all this is known.
+   neighbours begin one; replacements by pattern are matches (`split_pattern`). Only ASCII and some East Asian
+   characters are taken, of which all this is known.
 3. *Pre-tokenizers* split the text, and the model sees each split alone. A regular expression splits both sides as it
    splits the whole if no match can hold the pair (`split_pattern`); Metaspace splits before each space. Where one
    certainly splits between the two, the model cannot matter, be it BPE or Unigram.
@@ -43,8 +43,8 @@ Step = Callable[[str, str], tuple[bool, str, str] | None]
 # ByteLevel's own pattern (GPT-2's, Radford et al. 2019), as in tokenizers/src/pre_tokenizers/byte_level.rs.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Starters that compose with nothing before them and begin a grapheme cluster: printable ASCII and the line feed;
-# ideographic comma, full stop and brackets; kana; ideographs.
-_KNOWN = re.compile("[ -~\n、。「-】ぁ-ゖァ-ヺ一-龥]")
+# quotes; ideographic comma, full stop and brackets; kana; ideographs.
+_KNOWN = re.compile("[ -~\n«»—‘’“”、。「-】ぁ-ゖァ-ヺ一-龥]")
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
@@ -60,6 +60,8 @@ class Seams:
     def __init__(self, state: dict[str, Any], backend: Tokenizer) -> None:
         self.inner: str | None = None
         """The tokenizer of pieces after the first, as JSON; None if it is the same."""
+        self.prefixes_again = False
+        """Whether the tokenizer puts something before each stretch of text between added tokens."""
         self._exact: dict[str, bool] = {}
         self._model = state["model"]
         self._vocabulary = ""
@@ -75,9 +77,9 @@ class Seams:
             self._steps = None
             return
         self.inner = _without_prefix(state)
-        self._again = any(map(_prefixes_again, [*normalizers, *splitters[:1]]))
+        self.prefixes_again = any(map(_prefixes_again, [*normalizers, *splitters[:1]]))
         if state["normalizer"] is not None:
-            if self._again and any(token["normalized"] for token in self._tokens):
+            if self.prefixes_again and any(token["normalized"] for token in self._tokens):
                 self._steps = None
             normal = backend.normalizer.normalize_str
             self._tokens += [token | {"content": normal(token["content"])} for token in self._tokens]
@@ -85,7 +87,7 @@ class Seams:
     def cuts(self, text: str, characters: int) -> list[int]:
         """Places to cut, rising: each the first exact one at least so many characters after the one before."""
         places: list[int] = []
-        if len(text) < 2 * characters or self._steps is None or (self._again and self._names.search(text)):
+        if len(text) < 2 * characters or self._steps is None or (self.prefixes_again and self._names.search(text)):
             return places
         place = characters
         while (found := self._next(text, place)) is not None:
@@ -99,13 +101,18 @@ class Seams:
             pair = text[number - 1 : number + 1]
             exact = known.get(pair)
             if exact is None:
-                known[pair] = exact = self.exact(*pair)
+                exact = self.exact(*pair)
             if exact:
                 return number
         return None
 
     def exact(self, before: str, after: str) -> bool:
         """Whether every text can be cut between these two characters."""
+        if (known := self._exact.get(before + after)) is None:
+            self._exact[before + after] = known = self._decide(before, after)
+        return known
+
+    def _decide(self, before: str, after: str) -> bool:
         # After a space, patterns look ahead and runs are joined: no tokenizer is known that can be cut there.
         if self._steps is None or before.isspace() or not (_KNOWN.match(before) and _KNOWN.match(after)):
             return False
@@ -189,7 +196,9 @@ def _normalizer(state: dict[str, Any]) -> Step:
     raise Unprovable(kind)
 
 
-_EMPTY = json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}})
+_EMPTY = json.dumps(
+    {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
+)
 
 
 def _by_character(change: Callable[[str], str]) -> Step:

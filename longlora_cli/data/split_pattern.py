@@ -42,7 +42,7 @@ _CATEGORIES = {
 _MOST_POSITIONS = 2000
 
 
-class Unprovable(Exception):  # noqa: N818 - not an error: the caller then cuts nowhere
+class Unprovable(Exception):
     """The pattern has a construct that this analysis does not cover."""
 
 
@@ -173,7 +173,11 @@ class SplitPattern:
             return self._repeat(kind, *value)
         if kind in (sre.ASSERT, sre.ASSERT_NOT):
             direction, body = value
-            if direction != 1 or body.getwidth() != (1, 1) or body[0][0] not in (sre.LITERAL, sre.NOT_LITERAL, sre.IN):
+            if (
+                direction != 1
+                or body.getwidth() != (1, 1)
+                or body[0][0] not in (sre.LITERAL, sre.NOT_LITERAL, sre.IN)
+            ):
                 raise Unprovable("it looks behind, or further than one character ahead")
             return self._position(None)
         raise Unprovable(str(kind))
@@ -188,7 +192,9 @@ class SplitPattern:
         # A possessive repeat takes what the rest needs, so nothing is certain of it.
         certain = kind is not sre.POSSESSIVE_REPEAT
         skippable = certain and (part.skippable or least == 0)
-        return _Part(nullable, skippable, part.first, part.last, part.alone if certain and least <= 1 else set())
+        return _Part(
+            nullable, skippable, part.first, part.last, part.alone if certain and least <= 1 else set()
+        )
 
     def _class(self, kind: Any, value: Any) -> Class:
         if kind is sre.ANY:
