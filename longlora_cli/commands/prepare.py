@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -30,13 +31,14 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     """Prepare data as the settings say.
 
     Returns:
-        The summary that `--json` prints: counts, what was cut, fill, histogram, the folder.
+        The summary that `--json` prints: counts, what was cut, fill, histogram, the folder, and how long it took.
 
     Raises:
         SettingsError: The output folder exists, or `--synthetic` cannot be read.
         DataError: An input that cannot be used, or nothing left to write.
         NotFoundError: No such model or hub dataset.
     """
+    started = time.monotonic()
     refuse_existing(config.out)
     chats_wanted = _synthetic_chats(config.synthetic)
     sources = find_sources(config.inputs, split=config.split)
@@ -70,6 +72,8 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
             meta["settings"] = config.model_dump(mode="json", exclude_unset=True)
             preparation.write(layout, writer)
             preparation.close()
+    seconds = time.monotonic() - started  # not in the manifest, which is the same whenever it is made
+    summary |= {"seconds": seconds, "tokens_per_second": summary["tokens_read"] / seconds}
     _show(summary, console, dry_run)
     return summary | {"dry_run": dry_run}
 
@@ -181,6 +185,9 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
     needed = {"tokens read", "tokens in chunks", "tokens learnt", "chunks", "longest chunk, tokens"}
     console.table("", ["Prepared", ""], [row for row in rows if row[1] or row[0] in needed])
     console.print(f"Chunks are {summary['fill']:.1%} full; {trained:.1%} of the tokens are learnt.")
+    speed, seconds = summary["tokens_per_second"], summary["seconds"]
+    done = "Read and tokenized" if dry_run else "Read, tokenized and written"
+    console.print(f"{done} in {seconds:,.1f} s, {speed:,.0f} tokens/s.")
     console.print("Pieces by length in tokens:")
     most = max(row["pieces"] for row in summary["histogram"])
     for row in summary["histogram"]:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from longlora_cli.data.counting import token_counter
 
 # A sentence ends at . ! or ? with its closing quotes and brackets, before a space.
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’»)\]]*\s+")
+_SENTENCE_END = re.compile(r"[.!?][\"'”’»)\]]*\s+")
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 # Tables and verse without full stops are cut into pieces of at most this many characters, at spaces.
 _LONGEST_SENTENCE = 400

@@ -96,6 +96,11 @@ def _works(encoder: SafeEncoder, documents: Iterable[Document]) -> Iterator[_Wor
             yield _Work(document, text[start:stop], start == 0, stop == len(text))
 
 
+def pieces_of(encoder: SafeEncoder, texts: Iterable[Document]) -> Iterator[str]:
+    """What texts are cut into before they are encoded."""
+    return (work.piece for work in _works(encoder, texts) if work.piece is not None)
+
+
 def _groups(works: Iterable[_Work]) -> Iterator[list[_Work]]:
     group: list[_Work] = []
     characters = 0
