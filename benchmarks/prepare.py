@@ -5,8 +5,8 @@
 
 Three stacks take turns, each in a process of its own, so that what else the machine does falls on all of them:
 
-- `longlora`: `prepare` from the first look at the inputs to the folder on disk, reading, cutting, packing, checksums and
-  loading the tokenizer included; once with the books as they are and once as one file;
+- `longlora`: `prepare` from the first look at the inputs to the folder on disk, with reading, cutting, packing,
+  checksums and loading the tokenizer; once with the books as they are and once as one file;
 - `tokenizers-raw`: `encode_batch_fast` on the same pieces in memory, nothing done with the result: the upper bound;
 - `datasets-map`: `datasets.map` over the same pieces, batched, returning Python lists, with as many processes.
 

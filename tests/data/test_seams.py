@@ -152,7 +152,7 @@ SPACES = (
 WORDS = """
     a The code is falcon I l one 's ' ’s " ( ) . , ... !? 1 48213 ½ Ⅳ ٣ # _ ▁ ▁the \\ / [x] <unk> <0x0A> Ġ ﬁ ß İ ſ
     é ñ ｶﾞ が 가 漢 字 漢字。 、 「 」 中文 🙂 🇩🇪 क्ष ไทย العربية
-""".split()
+"""
 MARKS = (
     "e\u0301",
     "\u0301",
@@ -164,7 +164,7 @@ MARKS = (
     "👩\u200d👩\u200d👧",
     "\u0600",
 )
-PARTS = st.sampled_from([*SPACES, *WORDS, *MARKS])
+PARTS = st.sampled_from([*SPACES, *WORDS.split(), *MARKS])
 TEXTS = st.lists(PARTS | st.characters(exclude_categories=["Cs"]), max_size=60).map("".join)
 _kept: dict[str, Any] = {}
 
