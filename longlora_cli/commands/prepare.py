@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -37,13 +38,14 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     """Prepare data as the settings say.
 
     Returns:
-        The summary that `--json` prints: counts, what was cut, fill, histogram, the folder.
+        The summary that `--json` prints: counts, what was cut, fill, histogram, the folder, and how long it took.
 
     Raises:
         SettingsError: The output folder exists, or `--synthetic` cannot be read.
         DataError: An input that cannot be used, or nothing left to write.
         NotFoundError: No such model or hub dataset.
     """
+    started = time.monotonic()
     refuse_existing(config.out)
     chats_wanted = _synthetic_chats(config.synthetic)
     sources = find_sources(config.inputs, split=config.split, stream=config.stream)
@@ -85,6 +87,8 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         if samples.wanted:
             preparation.write([layout[index] for index in samples.wanted], samples)
         preparation.close()
+    seconds = time.monotonic() - started  # not in the manifest, which is the same whenever it is made
+    summary |= {"seconds": seconds, "tokens_per_second": summary["tokens_read"] / seconds}
     _show(summary, console, dry_run)
     overlap.show(console)
     if samples.wanted:
@@ -268,6 +272,9 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
             f"{part['documents']:,} of {part['of_documents']:,} documents."
         )
     console.print(f"Chunks are {summary['fill']:.1%} full; {trained:.1%} of the tokens are learnt.")
+    speed, seconds = summary["tokens_per_second"], summary["seconds"]
+    done = "Read and tokenized" if dry_run else "Read, tokenized and written"
+    console.print(f"{done} in {seconds:,.1f} s, {speed:,.0f} tokens/s.")
     console.print("Pieces by length in tokens:")
     most = max(row["pieces"] for row in summary["histogram"])
     for row in summary["histogram"]:
