@@ -9,11 +9,14 @@ from typing import Any
 
 from longlora_cli.config import PrepareConfig
 from longlora_cli.console import Advance, Console
+from longlora_cli.data.boundaries import Boundaries
 from longlora_cli.data.chat_template import require_template
+from longlora_cli.data.chunk_cost import ChunkCost, chunk_cost
 from longlora_cli.data.chunking import Cutter
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.data.documents import Document, find_sources, read_documents
 from longlora_cli.data.haystack import Haystack
+from longlora_cli.data.ordering import GROUP
 from longlora_cli.data.preparation import Preparation, length_histogram
 from longlora_cli.data.synthetic import make_training_chat
 from longlora_cli.data.tokenizing import tokenize
@@ -45,7 +48,15 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     tokenizer = load_tokenizer(config.model)
     if chats_wanted:
         require_template(tokenizer)
-    cutter = Cutter(config.max_length, config.min_length, config.overlap, config.on_long)
+    cutter = Cutter(
+        config.max_length,
+        config.min_length,
+        config.shared_tokens,
+        config.on_long,
+        config.split_at,
+        config.learn_overlap,
+        Boundaries(tokenizer) if config.split_at != "token" else None,
+    )
     meta: dict[str, Any] = {}
     texts = _Texts(keep=bool(chats_wanted))
     with ExitStack() as stack:
@@ -61,8 +72,9 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
                 chats = _retrieval_chats(texts.haystack(), tokenizer, config, chats_wanted, advance)
                 for document in tokenize(chats, tokenizer, labels=config.labels):
                     preparation.add(document)
-        layout = preparation.layout(packed=config.pack, seed=config.seed)
-        summary = _summary(preparation, layout, config, chats_wanted)
+        cost = chunk_cost(config.model)
+        layout = preparation.layout(cost, packed=config.pack, seed=config.seed)
+        summary = _summary(preparation, layout, cost, config, chats_wanted)
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
             meta["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
@@ -134,7 +146,11 @@ def _retrieval_chats(
 
 
 def _summary(
-    preparation: Preparation, layout: list[list[int]], config: PrepareConfig, synthetic: int
+    preparation: Preparation,
+    layout: list[list[int]],
+    cost: ChunkCost,
+    config: PrepareConfig,
+    synthetic: int,
 ) -> dict[str, Any]:
     lengths = preparation.lengths
     counts = preparation.counts.as_dict()
@@ -155,6 +171,8 @@ def _summary(
         "max_length": config.max_length,
         "longest_chunk": max(int(lengths[chunk].sum()) for chunk in layout),
         "fill": tokens / (len(layout) * config.max_length),
+        "balance": preparation.balance(layout, cost),
+        "cost": cost.as_dict(),
         "histogram": [{"up_to": bound, "pieces": count} for bound, count in length_histogram(lengths)],
     }
 
@@ -171,6 +189,10 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
         ("tokens in chunks", summary["tokens"]),
         ("tokens learnt", summary["trained_tokens"]),
         ("texts split", summary["documents_split"]),
+        ("cuts before a chapter", summary["cuts_at_chapter"]),
+        ("cuts before a paragraph", summary["cuts_at_paragraph"]),
+        ("cuts before a sentence", summary["cuts_at_sentence"]),
+        ("cuts at any token", summary["cuts_at_token"]),
         ("texts truncated", summary["documents_truncated"]),
         ("texts left out", summary["documents_dropped"]),
         ("chats left out", summary["chats_dropped"]),
@@ -181,6 +203,10 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
     needed = {"tokens read", "tokens in chunks", "tokens learnt", "chunks", "longest chunk, tokens"}
     console.table("", ["Prepared", ""], [row for row in rows if row[1] or row[0] in needed])
     console.print(f"Chunks are {summary['fill']:.1%} full; {trained:.1%} of the tokens are learnt.")
+    console.print(
+        f"Cost balance {summary['balance']:.1%}: mean over maximum in groups of {GROUP} chunks, by the sizes of "
+        f"{summary['cost']['model']}."
+    )
     console.print("Pieces by length in tokens:")
     most = max(row["pieces"] for row in summary["histogram"])
     for row in summary["histogram"]:
