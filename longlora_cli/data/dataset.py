@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from longlora_cli.data.chunk import IGNORE, Chunk, Int32
+from longlora_cli.data.chunk_cost import ChunkCost, default_cost
 from longlora_cli.errors import IncompatibleError, IntegrityError
 from longlora_cli.storage import Manifest, atomic_folder, verify_folder
 
@@ -220,6 +221,16 @@ class ChunkDataset:
     def trained_tokens(self, index: int) -> int:
         """How many tokens of the chunk at `index` are learnt."""
         return int(np.count_nonzero(self._column(index, 1) != IGNORE))
+
+    def document_lengths(self, index: int) -> Int32:
+        """Tokens of each document of the chunk at `index`, int32 `[documents]`."""
+        return self._column(index, 2)
+
+    @property
+    def cost(self) -> ChunkCost:
+        """What the chunks were packed by; the default for data that does not say."""
+        content = self.manifests[0].meta.get("cost")
+        return ChunkCost(**content) if content else default_cost()
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one the data was made with.

@@ -12,6 +12,7 @@ import pytest
 from longlora_cli.cli import main
 from longlora_cli.data.chunk import IGNORE
 from longlora_cli.data.dataset import ChunkDataset
+from longlora_cli.data.ordering import cost_balance
 from longlora_cli.models.tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The miller slept."}]
@@ -142,6 +143,80 @@ def test_the_summary_says_what_was_cut(
     cut = prepared(capsys, *common, "-o", tmp_path / "b", "--on-long", "truncate")
     assert (cut["tokens"], cut["tokens_dropped"]) == (64, cut["tokens_read"] - 64)
     assert sum(bar["pieces"] for bar in cut["histogram"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"), [("truncate", "[:64]"), ("truncate-left", "[-64:]"), ("truncate-middle", "ends")]
+)
+def test_truncation_keeps_the_part_that_was_asked_for(
+    setting: str, kept: str, book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "data"
+    prepared(capsys, book, "-m", model, "-o", out, "--max-length", 64, "--on-long", setting)
+    tokenizer = load_tokenizer(model)
+    whole = [*tokenizer(book.read_text())["input_ids"], tokenizer.eos_token_id]
+    expected = {"[:64]": whole[:64], "[-64:]": whole[-64:], "ends": whole[:32] + whole[-32:]}[kept]
+    assert ChunkDataset.open(out)[0].input_ids.tolist() == expected
+
+
+def test_a_stride_is_the_length_less_the_overlap(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "--max-length", 128]
+    overlapping = prepared(capsys, *common, "-o", tmp_path / "a", "--overlap", 28)
+    striding = prepared(capsys, *common, "-o", tmp_path / "b", "--stride", 100)
+    assert {**striding, "out": ""} == {**overlapping, "out": ""}
+    assert striding["tokens_repeated"] > 0
+    files = [(tmp_path / name / "shard-00000.arrow").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_overlap_is_learnt_once_or_each_time(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "--max-length", 128, "--overlap", 28]
+    once = prepared(capsys, *common, "-o", tmp_path / "a")
+    again = prepared(capsys, *common, "-o", tmp_path / "b", "--learn-overlap")
+    cuts = once["cuts_at_token"]
+    assert once["trained_tokens"] == once["tokens_read"] - 1
+    # The first token of a piece has nothing before it in either case.
+    assert again["trained_tokens"] == once["trained_tokens"] + cuts * (28 - 1)
+
+
+def test_pieces_end_at_paragraphs_when_asked_for_and_every_cut_is_shown(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "--max-length", 512, "--no-pack"]
+    summary = prepared(capsys, *common, "-o", tmp_path / "a", "--split-at", "paragraph")
+    assert summary["cuts_at_paragraph"] == summary["chunks"] - 1 > 5
+    assert summary["cuts_at_sentence"] == summary["cuts_at_token"] == 0
+    data, tokenizer = ChunkDataset.open(tmp_path / "a"), load_tokenizer(model)
+    text = book.read_text()
+    for number in range(len(data)):
+        piece = tokenizer.decode(data[number].input_ids, skip_special_tokens=True)
+        assert text.endswith(piece) or text[text.index(piece) + len(piece) - 2 :].startswith("\n\n")
+    narrow = prepared(capsys, *common[:-2], 40, "-o", tmp_path / "b", "--split-at", "chapter")
+    assert narrow["cuts_at_chapter"] == 0
+    assert narrow["cuts_at_sentence"] > 0
+    assert prepare(*common, "-o", tmp_path / "c", "--split-at", "paragraph") == 0
+    assert f"cuts before a paragraph │ {summary['cuts_at_paragraph']}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_fill_and_balance_are_shown_and_kept(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", *({"text": "river " * (1 + n % 50)} for n in range(200)))
+    summary = prepared(capsys, source, "-m", model, "-o", tmp_path / "data", "--max-length", 256)
+    data = ChunkDataset.open(tmp_path / "data")
+    assert summary["fill"] == sum(map(len, (data[n] for n in range(len(data))))) / (256 * len(data))
+    costs = np.array([data.cost.of(data.document_lengths(n)).sum() for n in range(len(data))])
+    assert summary["balance"] == pytest.approx(cost_balance(costs))
+    assert data.manifests[0].meta["cost"]["model"] == "Llama-3.1-8B"  # the folder holds a tokenizer alone
+    assert data.manifests[0].meta["balance"] == summary["balance"] > 0.9
+    assert prepare(source, "-m", model, "-o", tmp_path / "b", "--max-length", 256) == 0
+    assert f"Cost balance {summary['balance']:.1%}" in capsys.readouterr().out
 
 
 def test_a_dry_run_counts_the_same_and_writes_nothing(
