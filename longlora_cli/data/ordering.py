@@ -63,7 +63,7 @@ class GroupedSampler(Sampler[int]):
         costs: Cost of each chunk, `[chunks]`.
         seed: Of the order.
         epoch: Says which pass begins. It is asked rather than told, because a data loader that skips what a run
-            read before it was interrupted does not pass `set_epoch` on in several processes (accelerate 1.11).
+            read before it was interrupted does not pass `set_epoch` on in several processes (accelerate 1.15).
     """
 
     def __init__(self, costs: npt.NDArray[np.float64], seed: int, epoch: Callable[[], int]) -> None:

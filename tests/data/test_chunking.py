@@ -86,6 +86,7 @@ def test_short_documents_and_short_ends_are_counted_apart() -> None:
     cutter = Cutter(16, min_length=10)
     assert cutter.cut(document(5), counts) == []
     assert len(cutter.cut(document(35), counts)) == 2
+    assert (counts.documents_split, counts.documents_truncated, counts.cuts_at_token) == (1, 0, 2)
     assert (counts.documents_dropped, counts.pieces_dropped, counts.tokens_dropped) == (1, 1, 8)
 
 

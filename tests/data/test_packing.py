@@ -69,6 +69,10 @@ def test_of_equally_full_chunks_the_ones_of_equal_cost_are_made() -> None:
     assert [int((lengths[chunk] == 50).sum()) for chunk in chunks] == [1] * 20
 
 
+def test_of_chunks_with_equal_room_best_fit_takes_the_cheapest() -> None:
+    assert best_fit(np.array([8, 5, 3, 2]), 10, COST) == [[0], [1, 2, 3]]
+
+
 def test_costs_of_many_short_chats_are_closer_than_best_fits_at_the_same_fill() -> None:
     rng = np.random.default_rng(0)
     lengths = np.minimum(32768, rng.lognormal(7, 1.2, 3000)).astype(np.int64)
