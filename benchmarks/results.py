@@ -25,10 +25,18 @@ TITLES = {
     "llama8b-qlora-step": "One training step: Llama-3.1-8B's shape, NF4, LoRA on 7 linear layers",
     "llama8b-max-context": "The longest context that runs: the same model",
     "smollm2-step": "One training step: SmolLM2-135M, bf16, LoRA on 7 linear layers",
+    "prepare-books": "Preparing books: SmolLM2's tokenizer",
 }
 # Cases that compare stacks: one line a length and stack, one column a metric, in this order.
-SIDE_BY_SIDE = ("llama8b-qlora-step", "llama8b-max-context", "smollm2-step")
-COLUMNS = {"tok_s": "tokens/s", "peak_gib": "GPU GiB", "host_gib": "host GiB", "tflops": "TFLOP/s"}
+SIDE_BY_SIDE = ("llama8b-qlora-step", "llama8b-max-context", "smollm2-step", "prepare-books")
+COLUMNS = {
+    "tok_s": "tokens/s",
+    "seconds": "seconds",
+    "peak_gib": "GPU GiB",
+    "host_gib": "host GiB",
+    "peak_host_gib": "peak host GiB",
+    "tflops": "TFLOP/s",
+}
 
 
 def read_rows(path: Path = ROWS) -> list[dict[str, Any]]:

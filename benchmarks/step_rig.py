@@ -16,7 +16,7 @@ from random_model import llama8b_config, quantized_in_memory
 from longlora_cli.config import AdapterSection
 from longlora_cli.errors import ResourceError
 from longlora_cli.memory.attention import attention_name
-from longlora_cli.memory.attention_kernels import choose_kernel
+from longlora_cli.memory.attention_kernels import choose_kernel, expected_kernel
 from longlora_cli.memory.plan import MemoryPlan, ModelShape
 from longlora_cli.models import adapter as adapters
 
@@ -230,7 +230,8 @@ def build(options: argparse.Namespace, stack: str, device: torch.device) -> Rig:
     from longlora_cli.memory.machine import Machine
 
     limit = int(options.cap_gb * 1e9) if options.cap_gb else None
-    rig.machine = Machine.detect(device, gpu_limit_bytes=limit)
+    attention = expected_kernel(options.kernel, device)
+    rig.machine = Machine.detect(device, gpu_limit_bytes=limit, attention=attention)
     rig.arena = HostArena(device, rig.machine.host_bytes_for_activations)
     rig.kernel = options.kernel
     rig.plan = {"shifted_group": options.s2_group, "explicit": options.plan}

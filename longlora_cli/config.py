@@ -10,34 +10,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
+from longlora_cli.section import Section, setting
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Size, parse_length
-
-
-def setting(default: Any, help: str, *, short: str = "", positional: bool = False, **checks: Any) -> Any:
-    """Declare one setting. `default=...` makes it required; `checks` are pydantic's (`ge`, `gt`, `le`, `lt`)."""
-    return Field(
-        default, description=help, json_schema_extra={"short": short, "positional": positional}, **checks
-    )
-
-
-class Section(BaseModel):
-    """A frozen group of settings that knows no other keys."""
-
-    # Schemas are built at the first use of a config, not at import: help needs none, and they take 30 ms.
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
-
-    def given(self, name: str) -> bool:
-        """True when the user gave this setting, rather than leaving its default."""
-        return name in self.model_fields_set
-
-    def needs(self, name: str, condition: bool, rule: str) -> None:
-        """Refuse a given setting that would have no effect."""
-        if self.given(name) and not condition:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect here: {rule}")
 
 
 class ModelSection(Section):
@@ -94,11 +72,20 @@ class PrepareConfig(Section):
     model: str = setting("builtin", "Model whose tokenizer and chat template are used.", short="-m")
     max_length: Length = setting(4096, "Tokens per chunk, such as 4096 or 32k.", ge=8)
     min_length: Length = setting(0, "Leave out documents and pieces with fewer tokens.", ge=0)
-    overlap: Length = setting(
-        0, "Tokens that consecutive pieces of a split document share, learnt once.", ge=0
+    on_long: Literal["split", "truncate", "truncate-left", "truncate-middle", "drop", "error"] = setting(
+        "split",
+        "Documents longer than a chunk: split them, keep the beginning (truncate), the end (truncate-left), both "
+        "without the middle (truncate-middle), drop them, or stop; chats are never split.",
     )
-    on_long: Literal["split", "truncate", "drop", "error"] = setting(
-        "split", "What to do with documents longer than a chunk; chats are never split."
+    split_at: Literal["token", "sentence", "paragraph", "chapter"] = setting(
+        "token", "Pieces end at the last of these that fits; where there is none, at the next weaker one."
+    )
+    overlap: Length = setting(0, "Tokens that consecutive pieces of a split document share.", ge=0)
+    stride: Length | None = setting(
+        None, "A piece begins every so many tokens: another way to write the overlap.", ge=1
+    )
+    learn_overlap: bool = setting(
+        False, "Learn the tokens of an overlap in each piece, not only in the first."
     )
     pack: bool = setting(True, "Put several short documents into one chunk, isolated from each other.")
     labels: Literal["assistant", "all"] = setting(
@@ -110,9 +97,16 @@ class PrepareConfig(Section):
     )
     synthetic_facts: int = setting(8, "Facts hidden in one synthetic chat.", ge=1, le=64)
     synthetic_questions: int = setting(4, "Facts asked in one synthetic chat.", ge=1, le=64)
+    overlap_check: Names = setting(
+        [], "Evaluation data, as INPUTS: documents that share 13 words in a row with them are told."
+    )
+    on_overlap: Literal["report", "drop", "error"] = setting(
+        "report", "What to do with documents that overlap with --overlap-check."
+    )
     split: str = setting("train", "Split of a hub or saved dataset.")
     stream: bool = setting(False, "Read hub datasets as they are needed, without a copy on disk.")
-    seed: int = setting(0, "Seed of sampling, mixing, packing and synthetic chats.", ge=0)
+    show: int = setting(0, "Print so many chunks, learnt tokens set off from masked ones.", ge=0)
+    seed: int = setting(0, "Seed of sampling, mixing, packing, synthetic chats and --show.", ge=0)
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> PrepareConfig:
@@ -120,7 +114,22 @@ class PrepareConfig(Section):
             raise ValueError(f"--overlap {self.overlap} is not below --max-length {self.max_length}")
         if self.min_length > self.max_length:
             raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
+        if self.stride is not None and self.stride > self.max_length:
+            raise ValueError(
+                f"--stride {self.stride} is above --max-length {self.max_length}: tokens would be skipped"
+            )
+        if self.stride is not None and self.given("overlap"):
+            raise ValueError("--stride and --overlap say the same: --stride is --max-length less --overlap")
         self.needs("overlap", self.overlap == 0 or self.on_long == "split", "only --on-long split overlaps")
+        self.needs("on_overlap", bool(self.overlap_check), "no --overlap-check is asked for")
+        for name in ("stride", "split_at"):
+            self.needs(name, self.on_long == "split", "only --on-long split makes several pieces")
+        self.needs(
+            "stride", self.split_at == "token", "pieces that end at boundaries begin there; use --overlap"
+        )
+        self.needs(
+            "learn_overlap", self.shared_tokens > 0, "pieces share no tokens; use --overlap or --stride"
+        )
         for name in ("synthetic_length", "synthetic_facts", "synthetic_questions"):
             self.needs(name, bool(self.synthetic), "no --synthetic chats are asked for")
         if self.synthetic_questions > self.synthetic_facts:
@@ -128,6 +137,11 @@ class PrepareConfig(Section):
         if self.synthetic_length is not None and self.synthetic_length > self.max_length:
             raise ValueError("--synthetic-length cannot be above --max-length")
         return self
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens that consecutive pieces of a split document share, from `overlap` or `stride`."""
+        return self.overlap if self.stride is None else self.max_length - self.stride
 
 
 class AdapterSection(Section):

@@ -108,6 +108,18 @@ class Console:
         if self.is_main:
             self.rich.print(printable(text))
 
+    @property
+    def has_colours(self) -> bool:
+        """True when styles can be seen: on a terminal, unless NO_COLOR is set."""
+        return self.rich.is_terminal and not self.rich.no_color
+
+    def styled(self, parts: Iterable[tuple[str, str]]) -> None:
+        """One line, or several, of texts with a Rich style each; control characters removed."""
+        if self.is_main:
+            from rich.text import Text
+
+            self.rich.print(Text.assemble(*((printable(text), style) for text, style in parts)))
+
     def warn(self, text: str) -> None:
         """One line on standard error."""
         if self.is_main:

@@ -24,8 +24,9 @@ from longlora_cli import config as configs
 from longlora_cli import values
 from longlora_cli.console import Console, quiet_libraries
 from longlora_cli.errors import DataError, NotFoundError, SettingsError
+from longlora_cli.section import Section
 
-CONFIGS: dict[str, type[configs.Section]] = {
+CONFIGS: dict[str, type[Section]] = {
     "prepare": configs.PrepareConfig,
     "train": configs.TrainConfig,
     "eval": configs.EvalConfig,
@@ -169,7 +170,7 @@ def resolve(command: str, flags: dict[str, Any], recipe: Path | None = None) -> 
 
 
 def _settings_error(
-    error: ValidationError, config_class: type[configs.Section], sources: dict[str, str]
+    error: ValidationError, config_class: type[Section], sources: dict[str, str]
 ) -> SettingsError:
     lines = []
     for fault in error.errors(include_url=False):
@@ -189,7 +190,7 @@ def _settings_error(
     return SettingsError(lines[0], rule="; ".join(lines[1:]) or None)
 
 
-def _from_environment(config_class: type[configs.Section]) -> dict[str, Any]:
+def _from_environment(config_class: type[Section]) -> dict[str, Any]:
     everywhere = {name for c in CONFIGS.values() for name in c.model_fields}
     found: dict[str, Any] = {}
     for variable, value in os.environ.items():
@@ -278,7 +279,7 @@ def _mapping(node: Any, path: Path) -> dict[str, tuple[Any, int]]:
     return entries
 
 
-def write_recipe(command: str, settings: configs.Section) -> str:
+def write_recipe(command: str, settings: Section) -> str:
     """The YAML of a recipe that repeats this command with exactly these settings."""
     import yaml
 

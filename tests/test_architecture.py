@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "longlora_cli"
-FLOOR = {"errors", "config", "values"}
+FLOOR = {"errors", "config", "section", "values"}
 STORED = FLOOR | {"storage", "parallel"}
 MODELS = STORED | {"memory", "models", "data"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
     "values": set(),
-    "config": {"errors", "values"},
+    "section": set(),
+    "config": {"errors", "section", "values"},
     "storage": FLOOR,
     "console": FLOOR,
     "parallel": FLOOR,

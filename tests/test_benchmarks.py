@@ -251,3 +251,62 @@ def test_the_allowance_for_few_texts_is_the_99_percent_point_of_chi_squared(
 def test_longer_texts_are_fewer_but_never_one(load: Any) -> None:
     of = load("step_check").default_texts
     assert [of(n) for n in (512, 2048, 4096, 8192, 32768)] == [8, 8, 4, 4, 4]
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text("The river ran past the mill, and nobody saw it. " * 2000)
+    return folder
+
+
+def test_prepare_and_its_rivals_make_tokens_of_the_same_books(load: Any, books: Path, tmp_path: Path) -> None:
+    prepare = load("prepare")
+    tokens = {}
+    for stack, run in prepare.STACKS.items():
+        (tmp_path / stack).mkdir()
+        figures = run(books, "builtin", tmp_path / stack)
+        assert all(figures[name] > 0 for name in ("seconds", "cpu_seconds", "peak_bytes"))
+        tokens[stack] = figures["tokens"]
+    # Prepare alone ends each of the two books with an end token.
+    assert tokens["longlora"] - 2 == tokens["tokenizers-raw"] == tokens["datasets-map"] > 20_000
+
+
+def test_one_file_of_a_size_repeats_the_books(load: Any, books: Path, tmp_path: Path) -> None:
+    prepare = load("prepare")
+    one = prepare.one_file(books, tmp_path / "one.txt").read_text()
+    assert one == "".join(path.read_text() + "\n\n" for path in sorted(books.iterdir()))
+    large = prepare.one_file(books, tmp_path / "large.txt", 1).stat().st_size
+    assert 1_000_000 <= large < 1_000_000 + len(one)
+
+
+def test_medians_become_rows_and_ratios(load: Any, tmp_path: Path) -> None:
+    prepare = load("prepare")
+
+    def figures(seconds: float, cpu_seconds: float) -> dict[str, float]:
+        return {"tokens": 1000, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": 1 << 30}
+
+    found = {
+        ("tokenizers-raw", "files"): figures(9.0, 18.0),
+        ("longlora", "files"): figures(10.0, 20.0),
+        ("longlora", "one file"): figures(8.0, 20.0),
+        ("datasets-map", "files"): figures(20.0, 30.0),
+    }
+    assert list(prepare.ratios(found)) == [
+        ("longlora / tokenizers-raw", 0.9, 0.9),
+        ("longlora / datasets-map", 2.0, 1.5),
+        ("one file / files", 1.25, 1.0),
+    ]
+    options = argparse.Namespace(machine="M", commit="c", rounds=3)
+    out = tmp_path / "rows.jsonl"
+    prepare.add_rows(prepare.rows_of(options, found), out)
+    rows = load("results").read_rows(out)
+    assert [(r["metric"], r["value"]) for r in rows[:3]] == [
+        ("tok_s", 111),
+        ("seconds", 9.0),
+        ("peak_host_gib", 1.0),
+    ]
+    table = [line for line in load("results").page(rows).splitlines() if "| longlora" in line]
+    assert table == ["|  | longlora (files) | 100 | 10 | 1 |", "|  | longlora (one file) | 125 | 8 | 1 |"]

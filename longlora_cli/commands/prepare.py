@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
+import tempfile
+import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+from longlora_cli.commands.prepare_inputs import Mixture, Texts, watched
+from longlora_cli.commands.prepare_overlap import OverlapWatch
+from longlora_cli.commands.prepare_show import Samples, show_samples
 from longlora_cli.config import PrepareConfig
 from longlora_cli.console import Advance, Console
+from longlora_cli.data.boundaries import Boundaries
 from longlora_cli.data.chat_template import require_template
-from longlora_cli.data.chunking import Cutter, TokenizedDocument
+from longlora_cli.data.chunk_cost import ChunkCost, chunk_cost
+from longlora_cli.data.chunking import Cutter
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.data.documents import Document, Mixed, Source, find_sources, mix, read_documents
+from longlora_cli.data.documents import Document, find_sources
 from longlora_cli.data.haystack import Haystack
+from longlora_cli.data.ordering import GROUP
+from longlora_cli.data.plots import save_lengths
 from longlora_cli.data.preparation import Preparation, length_histogram
+from longlora_cli.data.samples import sampled_chunks
 from longlora_cli.data.synthetic import make_training_chat
 from longlora_cli.data.tokenizing import tokenize
 from longlora_cli.errors import DataError, SettingsError
 from longlora_cli.models.tokenizer import load_tokenizer, template_sha256, tokenizer_sha256
 from longlora_cli.storage import refuse_existing
 
-# Text kept in memory to hide facts in; what comes after it is still prepared, only no haystack.
-_HAYSTACK_CHARACTERS = 1 << 26
 _BAR_WIDTH = 32
 
 
@@ -31,13 +39,14 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     """Prepare data as the settings say.
 
     Returns:
-        The summary that `--json` prints: counts, what was cut, fill, histogram, the folder.
+        The summary that `--json` prints: counts, what was cut, fill, histogram, the folder, and how long it took.
 
     Raises:
         SettingsError: The output folder exists, or `--synthetic` cannot be read.
         DataError: An input that cannot be used, or nothing left to write.
         NotFoundError: No such model or hub dataset.
     """
+    started = time.monotonic()
     refuse_existing(config.out)
     chats_wanted = _synthetic_chats(config.synthetic)
     sources = find_sources(config.inputs, split=config.split, stream=config.stream)
@@ -46,34 +55,73 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     tokenizer = load_tokenizer(config.model)
     if chats_wanted:
         require_template(tokenizer)
-    mixture = _Mixture(sources, tokenizer, config, console)
-    cutter = Cutter(config.max_length, config.min_length, config.overlap, config.on_long)
+    mixture = Mixture(sources, tokenizer, config, console)
+    cutter = _cutter(config, tokenizer)
     meta: dict[str, Any] = {}
-    texts = _Texts(keep=bool(chats_wanted))
+    overlap = OverlapWatch.of(config)
     with ExitStack() as stack:
         writer = None if dry_run else stack.enter_context(ChunkDataset.writing(config.out, meta))
-        preparation = Preparation(cutter, writer.folder if writer else None)
+        # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
+        spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
+        preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
-        with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
-            documents = _watched(mixture.read(), texts, advance)
-            for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels)):
-                preparation.add(document)
-        if chats_wanted:
-            with console.progress("Retrieval chats", chats_wanted) as advance:
-                chats = _retrieval_chats(texts.haystack(), tokenizer, config, chats_wanted, advance)
-                for document in tokenize(chats, tokenizer, labels=config.labels):
-                    preparation.add(document)
-        layout = preparation.layout(packed=config.pack, seed=config.seed)
-        summary = _summary(preparation, layout, config, chats_wanted) | {"mixture": mixture.rows()}
+        _read(preparation, mixture, overlap, tokenizer, config, console)
+        cost = chunk_cost(config.model)
+        layout = preparation.layout(cost, packed=config.pack, seed=config.seed)
+        summary = _summary(preparation, layout, cost, config, chats_wanted)
+        summary |= {"mixture": mixture.rows(), **overlap.facts()}
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
             meta["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
             meta["template_sha256"] = template_sha256(tokenizer)
             meta["settings"] = config.model_dump(mode="json", exclude_unset=True)
             preparation.write(layout, writer)
-            preparation.close()
+            save_lengths(writer.folder / "lengths.png", *writer.documents())
+        samples = Samples(sampled_chunks(len(layout), config.show, config.seed))
+        if samples.wanted:
+            preparation.write([layout[index] for index in samples.wanted], samples)
+        preparation.close()
+    seconds = time.monotonic() - started  # not in the manifest, which is the same whenever it is made
+    summary |= {"seconds": seconds, "tokens_per_second": summary["tokens_read"] / seconds}
     _show(summary, console, dry_run)
+    overlap.show(console)
+    if samples.wanted:
+        show_samples(samples, len(layout), tokenizer, console)
     return summary | {"dry_run": dry_run}
+
+
+def _read(
+    preparation: Preparation,
+    mixture: Mixture,
+    overlap: OverlapWatch,
+    tokenizer: Any,
+    config: PrepareConfig,
+    console: Console,
+) -> None:
+    """Tokenize the inputs and the chats made from them, and cut them."""
+    chats_wanted = _synthetic_chats(config.synthetic)
+    texts = Texts(keep=bool(chats_wanted))
+    with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
+        documents = watched(mixture.read(overlap.keeps), texts, advance)
+        for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels)):
+            preparation.add(document)
+    if chats_wanted:
+        with console.progress("Retrieval chats", chats_wanted) as advance:
+            chats = _retrieval_chats(texts.haystack(), tokenizer, config, chats_wanted, advance)
+            for document in tokenize(chats, tokenizer, labels=config.labels):
+                preparation.add(document)
+
+
+def _cutter(config: PrepareConfig, tokenizer: Any) -> Cutter:
+    return Cutter(
+        config.max_length,
+        config.min_length,
+        config.shared_tokens,
+        config.on_long,
+        config.split_at,
+        config.learn_overlap,
+        Boundaries(tokenizer) if config.split_at != "token" else None,
+    )
 
 
 def _synthetic_chats(requests: list[str]) -> int:
@@ -87,98 +135,6 @@ def _synthetic_chats(requests: list[str]) -> int:
             )
         count += int(number)
     return count
-
-
-class _Mixture:
-    """The sources, mixed where they have weights, and the tokens that each of them gave.
-
-    Args:
-        sources: From `find_sources`.
-        tokenizer: Counts the tokens of a few documents, so that weights are shares of tokens.
-        config: Settings of the command.
-        console: Shows the first reading.
-    """
-
-    def __init__(
-        self, sources: list[Source], tokenizer: Any, config: PrepareConfig, console: Console
-    ) -> None:
-        self._seed = config.seed
-        self._sources = sources
-        self._parts: list[Mixed] = []
-        if any(source.weight is not None for source in sources):
-
-            def count_tokens(documents: list[Document]) -> list[int]:
-                return [len(d.ids) for d in tokenize(documents, tokenizer, labels=config.labels)]
-
-            with console.progress("Weighing, inputs", len(sources)) as advance:
-                self._parts = mix(sources, seed=config.seed, count_tokens=count_tokens)
-                advance(len(sources))
-            self._sources = [part.source for part in self._parts]
-        self._origins: deque[int] = deque()  # of the documents that are being tokenized, in order
-        self._tokens = [0] * len(sources)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the files, 0 where parts of them are read."""
-        return 0 if self._parts else sum(source.size_bytes for source in self._sources)
-
-    def read(self) -> Iterator[Document]:
-        if not self._parts:
-            yield from read_documents(self._sources, seed=self._seed)
-            return
-        for number, source in enumerate(self._sources):
-            for document in read_documents([source], seed=self._seed):
-                self._origins.append(number)
-                yield document
-
-    def counted(self, documents: Iterable[TokenizedDocument]) -> Iterator[TokenizedDocument]:
-        for document in documents:
-            if self._parts:
-                self._tokens[self._origins.popleft()] += len(document.ids)
-            yield document
-
-    def rows(self) -> list[dict[str, Any]]:
-        total = sum(self._tokens) or 1
-        return [
-            {
-                "input": part.source.name,
-                "weight": part.weight,
-                "share": tokens / total,
-                "tokens": tokens,
-                "documents": part.documents,
-                "of_documents": part.available,
-            }
-            for part, tokens in zip(self._parts, self._tokens, strict=False)
-        ]
-
-
-class _Texts:
-    """The texts read so far, as a haystack for synthetic chats."""
-
-    def __init__(self, *, keep: bool) -> None:
-        self._texts: list[str] = []
-        self._room = _HAYSTACK_CHARACTERS if keep else 0
-
-    def add(self, text: str) -> None:
-        if self._room > 0:
-            self._texts.append(text[: self._room])
-            self._room -= len(text)
-
-    def haystack(self) -> Haystack:
-        if not self._texts:
-            raise DataError(
-                "--synthetic needs texts to hide facts in, and the inputs hold only chats",
-                hint="Add a .txt file to the inputs.",
-            )
-        return Haystack(self._texts)
-
-
-def _watched(documents: Iterable[Document], texts: _Texts, advance: Advance) -> Iterator[Document]:
-    for document in documents:
-        if isinstance(document.content, str):
-            texts.add(document.content)
-        advance(document.size_bytes)
-        yield document
 
 
 def _retrieval_chats(
@@ -199,7 +155,11 @@ def _retrieval_chats(
 
 
 def _summary(
-    preparation: Preparation, layout: list[list[int]], config: PrepareConfig, synthetic: int
+    preparation: Preparation,
+    layout: list[list[int]],
+    cost: ChunkCost,
+    config: PrepareConfig,
+    synthetic: int,
 ) -> dict[str, Any]:
     lengths = preparation.lengths
     counts = preparation.counts.as_dict()
@@ -220,6 +180,8 @@ def _summary(
         "max_length": config.max_length,
         "longest_chunk": max(int(lengths[chunk].sum()) for chunk in layout),
         "fill": tokens / (len(layout) * config.max_length),
+        "balance": preparation.balance(layout, cost),
+        "cost": cost.as_dict(),
         "histogram": [{"up_to": bound, "pieces": count} for bound, count in length_histogram(lengths)],
     }
 
@@ -236,6 +198,10 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
         ("tokens in chunks", summary["tokens"]),
         ("tokens learnt", summary["trained_tokens"]),
         ("texts split", summary["documents_split"]),
+        ("cuts before a chapter", summary["cuts_at_chapter"]),
+        ("cuts before a paragraph", summary["cuts_at_paragraph"]),
+        ("cuts before a sentence", summary["cuts_at_sentence"]),
+        ("cuts at any token", summary["cuts_at_token"]),
         ("texts truncated", summary["documents_truncated"]),
         ("texts left out", summary["documents_dropped"]),
         ("chats left out", summary["chats_dropped"]),
@@ -251,6 +217,13 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
             f"{part['documents']:,} of {part['of_documents']:,} documents."
         )
     console.print(f"Chunks are {summary['fill']:.1%} full; {trained:.1%} of the tokens are learnt.")
+    console.print(
+        f"Cost balance {summary['balance']:.1%}: mean over maximum in groups of {GROUP} chunks, by the sizes of "
+        f"{summary['cost']['model']}."
+    )
+    speed, seconds = summary["tokens_per_second"], summary["seconds"]
+    done = "Read and tokenized" if dry_run else "Read, tokenized and written"
+    console.print(f"{done} in {seconds:,.1f} s, {speed:,.0f} tokens/s.")
     console.print("Pieces by length in tokens:")
     most = max(row["pieces"] for row in summary["histogram"])
     for row in summary["histogram"]:

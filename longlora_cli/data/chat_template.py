@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from longlora_cli.data.chunk import IGNORE, Int32
+from longlora_cli.data.counting import token_counter
 from longlora_cli.data.encoding import SafeEncoder, safe_encoder
 from longlora_cli.errors import DataError
 
@@ -91,9 +92,9 @@ def render_chats(
 
 
 def count_tokens(tokenizer: Any, messages: list[Message]) -> int:
-    """Tokens of a rendered chat."""
+    """Tokens of a rendered chat; its sentences are encoded once, however many chats hold them."""
     encoder = safe_encoder(tokenizer)
-    return len(encoder.encode_batch([_text(_layout(tokenizer, messages, False, encoder), encoder)])[0])
+    return token_counter(tokenizer).count(_text(_layout(tokenizer, messages, False, encoder), encoder))
 
 
 def require_template(tokenizer: Any) -> None:

@@ -7,10 +7,13 @@ from typing import Literal
 
 import numpy as np
 
+from longlora_cli.data.boundaries import Boundaries, Boundary
 from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.errors import DataError
 
-OnLong = Literal["split", "truncate", "drop", "error"]
+OnLong = Literal["split", "truncate", "truncate-left", "truncate-middle", "drop", "error"]
+Spans = list[tuple[int, int]]
+"""The parts of a document, from token to token, that one piece is made of."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,17 @@ class Counts:
         documents: Texts read.
         chats: Chats read, synthetic ones included.
         documents_split: Texts that became several pieces.
-        documents_truncated: Texts that lost their end.
+        documents_truncated: Texts that lost their end, their beginning or their middle.
         documents_dropped: Texts left out whole: too long under `drop`, or too short.
         chats_dropped: Chats left out: too long, or too short.
         pieces_dropped: Ends of split texts left out for being shorter than the least length.
         tokens_read: Tokens of everything read.
         tokens_dropped: Tokens that no chunk holds.
-        tokens_repeated: Tokens that two pieces hold, by the overlap.
+        tokens_repeated: Tokens that a piece holds and the one before it too, by the overlap.
+        cuts_at_chapter: Cuts of split texts before a chapter.
+        cuts_at_paragraph: Before a paragraph.
+        cuts_at_sentence: Before a sentence.
+        cuts_at_token: Anywhere, because that was asked for or nothing better was within reach.
     """
 
     documents: int = 0
@@ -57,6 +64,10 @@ class Counts:
     tokens_read: int = 0
     tokens_dropped: int = 0
     tokens_repeated: int = 0
+    cuts_at_chapter: int = 0
+    cuts_at_paragraph: int = 0
+    cuts_at_sentence: int = 0
+    cuts_at_token: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """The counts by name, for the manifest and the result."""
@@ -70,20 +81,32 @@ class Cutter:
     Args:
         max_length: Most tokens of a piece.
         min_length: Pieces and documents with fewer tokens are left out.
-        overlap: Tokens that consecutive pieces of a text share; below `max_length`.
-        on_long: What happens to longer texts. Longer chats are left out, or an error under `error`.
+        overlap: Tokens that consecutive pieces of a text share; below `max_length`. At most so many with
+            boundaries: the next piece then begins with a paragraph or sentence, if one begins among them.
+        on_long: What happens to longer texts: they are split, lose their end (`truncate`), their beginning
+            (`truncate-left`) or their middle, are left out, or are an error. Longer chats are left out, or an
+            error under `error`.
+        split_at: A piece ends at the last boundary of this kind within `max_length`; where there is none, at one
+            of the next weaker kind: chapter, paragraph, sentence, token. A boundary that would leave less than
+            `min_length`, or nothing beyond the overlap, does not count.
+        learn_overlap: Tokens of an overlap are learnt in each piece that holds them.
+        boundaries: Finds the boundaries; needed but for `split_at="token"`.
     """
 
     max_length: int
     min_length: int = 0
     overlap: int = 0
     on_long: OnLong = "split"
+    split_at: Boundary = "token"
+    learn_overlap: bool = False
+    boundaries: Boundaries | None = None
 
     def cut(self, document: TokenizedDocument, counts: Counts) -> list[tuple[Int32, Int32]]:
         """The pieces (ids, labels) of one document; `counts` is kept up.
 
-        The first label of every piece is `IGNORE`, and so are those of the tokens that the piece before it
-        already holds: an overlap is context, each token is learnt once.
+        The first label of every piece is `IGNORE`, and that of the first token after a cut-out middle. Unless
+        `learn_overlap`, so are those of the tokens that the piece before it already holds: an overlap is
+        context, each token is learnt once.
 
         Raises:
             DataError: The document is too long and `on_long` is `error`.
@@ -92,25 +115,26 @@ class Cutter:
         counts.tokens_read += tokens
         counts.chats += document.is_chat
         counts.documents += not document.is_chat
-        spans = self._spans(document)
-        kept = [span for span in spans if span[1] - span[0] >= self.min_length]
+        pieces = self._pieces(document, counts)
+        kept = [spans for spans in pieces if _size(spans) >= self.min_length]
         if not kept:
             counts.chats_dropped += document.is_chat
             counts.documents_dropped += not document.is_chat
         else:
-            counts.documents_split += len(spans) > 1
-            counts.documents_truncated += spans[-1][1] < tokens
-            counts.pieces_dropped += len(spans) - len(kept)
-        held = sum(end - start for start, end in kept)
-        repeated = self.overlap * max(len(kept) - 1, 0)
-        counts.tokens_repeated += repeated
-        counts.tokens_dropped += tokens - (held - repeated)
-        return [self._piece(document, start, end) for start, end in kept]
+            counts.documents_split += len(pieces) > 1
+            counts.documents_truncated += len(pieces) == 1 and _size(pieces[0]) < tokens
+            counts.pieces_dropped += len(pieces) - len(kept)
+        ends = [0, *(spans[-1][1] for spans in kept)]
+        repeated = [max(ends[number] - spans[0][0], 0) for number, spans in enumerate(kept)]
+        counts.tokens_repeated += sum(repeated)
+        counts.tokens_dropped += tokens - (sum(map(_size, kept)) - sum(repeated))
+        masked = [0] * len(kept) if self.learn_overlap else repeated
+        return [_piece(document, spans, shared) for spans, shared in zip(kept, masked, strict=True)]
 
-    def _spans(self, document: TokenizedDocument) -> list[tuple[int, int]]:
+    def _pieces(self, document: TokenizedDocument, counts: Counts) -> list[Spans]:
         tokens = len(document.ids)
         if tokens <= self.max_length:
-            return [(0, tokens)]
+            return [[(0, tokens)]]
         if self.on_long == "error":
             raise DataError(
                 f"{document.source}: {tokens:,} tokens, more than --max-length {self.max_length:,}",
@@ -119,12 +143,38 @@ class Cutter:
         if document.is_chat or self.on_long == "drop":
             return []
         if self.on_long == "truncate":
-            return [(0, self.max_length)]
-        step = self.max_length - self.overlap
-        starts = range(0, tokens - self.overlap, step)
-        return [(start, min(start + self.max_length, tokens)) for start in starts]
+            return [[(0, self.max_length)]]
+        if self.on_long == "truncate-left":
+            return [[(tokens - self.max_length, tokens)]]
+        if self.on_long == "truncate-middle":
+            tail = self.max_length // 2
+            return [[(0, self.max_length - tail), (tokens - tail, tokens)]]
+        return self._split(document.ids, counts)
 
-    def _piece(self, document: TokenizedDocument, start: int, end: int) -> tuple[Int32, Int32]:
-        labels = document.labels[start:end].copy()
-        labels[: max(1, self.overlap if start else 1)] = IGNORE
-        return np.ascontiguousarray(document.ids[start:end]), labels
+    def _split(self, ids: Int32, counts: Counts) -> list[Spans]:
+        pieces: list[Spans] = []
+        start = 0
+        while len(ids) - start > self.max_length:
+            end, begin, kind = start + self.max_length, start + self.max_length - self.overlap, "token"
+            if self.split_at != "token" and self.boundaries is not None:
+                least = start + max(self.overlap + 1, self.min_length)
+                end, kind = self.boundaries.last(ids, least, end, self.split_at)
+                begin = self.boundaries.first(ids, end - self.overlap, end) if self.overlap else end
+            name = f"cuts_at_{kind}"
+            setattr(counts, name, getattr(counts, name) + 1)
+            pieces.append([(start, end)])
+            start = begin
+        return [*pieces, [(start, len(ids))]]
+
+
+def _size(spans: Spans) -> int:
+    return sum(end - start for start, end in spans)
+
+
+def _piece(document: TokenizedDocument, spans: Spans, shared: int) -> tuple[Int32, Int32]:
+    """Ids and labels of a piece, the first `shared` labels masked."""
+    ids = np.concatenate([document.ids[start:end] for start, end in spans])
+    labels = np.concatenate([document.labels[start:end] for start, end in spans])
+    labels[:shared] = IGNORE
+    labels[np.cumsum([0, *(end - start for start, end in spans[:-1])])] = IGNORE
+    return ids, labels

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from longlora_cli.data.chunk import IGNORE, Chunk, Int32
+from longlora_cli.data.chunk_cost import ChunkCost, default_cost
 from longlora_cli.errors import IncompatibleError, IntegrityError
 from longlora_cli.storage import Manifest, atomic_folder, verify_folder
 
@@ -43,6 +44,7 @@ class ChunkWriter:
         self._shard_tokens = 0
         self._shards = 0
         self._writer: Any = None
+        self._documents: list[tuple[Int32, Int32]] = []
         self._sums = {"chunks": 0, "tokens": 0, "trained_tokens": 0, "longest_chunk": 0}
 
     def add(self, input_ids: Int32, labels: Int32, document_lengths: Int32) -> None:
@@ -56,12 +58,18 @@ class ChunkWriter:
             raise ValueError(f"{tokens} ids, {len(labels)} labels, document lengths {document_lengths}")
         self._rows.append((input_ids, labels, document_lengths))
         self._row_tokens += tokens
+        self._documents.append((document_lengths, _learnt_of_each(labels, document_lengths)))
         self._sums["chunks"] += 1
         self._sums["tokens"] += tokens
         self._sums["trained_tokens"] += int(np.count_nonzero(np.asarray(labels) != IGNORE))
         self._sums["longest_chunk"] = max(self._sums["longest_chunk"], tokens)
         if self._row_tokens >= _BATCH_TOKENS:
             self._flush()
+
+    def documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each document written so far, and how many of them are learnt, int64 `[documents]` each."""
+        lengths, learnt = (np.concatenate(parts) for parts in zip(*self._documents, strict=True))
+        return lengths.astype(np.int64), learnt.astype(np.int64)
 
     def close(self) -> None:
         """Write what is buffered and complete `meta`."""
@@ -87,6 +95,12 @@ class ChunkWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer, self._shard_tokens = None, 0
+
+
+def _learnt_of_each(labels: Int32, document_lengths: Int32) -> Int32:
+    starts = np.cumsum(document_lengths) - document_lengths
+    counts: Int32 = np.add.reduceat(np.asarray(labels) != IGNORE, starts, dtype=np.int32)
+    return counts
 
 
 def _list_array(rows: list[Int32]) -> pa.ListArray:
@@ -207,6 +221,16 @@ class ChunkDataset:
     def trained_tokens(self, index: int) -> int:
         """How many tokens of the chunk at `index` are learnt."""
         return int(np.count_nonzero(self._column(index, 1) != IGNORE))
+
+    def document_lengths(self, index: int) -> Int32:
+        """Tokens of each document of the chunk at `index`, int32 `[documents]`."""
+        return self._column(index, 2)
+
+    @property
+    def cost(self) -> ChunkCost:
+        """What the chunks were packed by; the default for data that does not say."""
+        content = self.manifests[0].meta.get("cost")
+        return ChunkCost(**content) if content else default_cost()
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Refuse a tokenizer other than the one the data was made with.

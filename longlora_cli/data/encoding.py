@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
+from longlora_cli.data.seams import Seams
 from longlora_cli.errors import DataError
 
 
@@ -54,6 +55,8 @@ class SafeEncoder:
         moved = [n for n, i in self._special.items() if self.backend.token_to_id(self._secret[n]) != i]
         if moved:
             raise DataError(f"the tokenizer gives its special token {moved[0]} another id when it is copied")
+        self.seams = Seams(state, self.backend)
+        self._inner = Tokenizer.from_str(self.seams.inner) if self.seams.inner else self.backend
         self.special_ids = frozenset(self._special.values())
         self.begin, self.end = _frame(tokenizer)
 
@@ -69,6 +72,24 @@ class SafeEncoder:
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """Ids of each text, int32 `[tokens]`, without begin and end tokens; all cores work on it."""
         return [self.ids(e) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @property
+    def has_inner(self) -> bool:
+        """Whether pieces after a text's first are encoded otherwise than whole texts."""
+        return self._inner is not self.backend
+
+    def encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[npt.NDArray[np.int32]]:
+        """Ids of pieces that texts were cut into at `seams`, int32 `[tokens]` each; all cores work on them.
+
+        Args:
+            pieces: Text, and whether it begins its text.
+        """
+        if not self.has_inner:
+            return self.encode_batch([text for text, _ in pieces])
+        starts = iter(self.encode_batch([text for text, begins in pieces if begins]))
+        inner = [text for text, begins in pieces if not begins]
+        later = map(self.ids, self._inner.encode_batch_fast(inner, add_special_tokens=False))
+        return [next(starts if begins else later) for _, begins in pieces]
 
     def encode_with_offsets(self, texts: list[str]) -> list[Encoding]:
         """Encodings with character offsets into the given texts; take ids through `ids`."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from longlora_cli.data.encoding import safe_encoder
+from longlora_cli.data.counting import token_counter
 
 # A sentence ends at . ! or ? with its closing quotes and brackets, before a space.
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’»)\]]*\s+")
+_SENTENCE_END = re.compile(r"[.!?][\"'”’»)\]]*\s+")
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 # Tables and verse without full stops are cut into pieces of at most this many characters, at spaces.
 _LONGEST_SENTENCE = 400
@@ -97,10 +97,9 @@ class Haystack:
         """Tokens of each sentence after a space, encoded alone; counted once per tokenizer and sentence."""
         known = self._counts.setdefault(tokenizer, {})
         new = [s for s in dict.fromkeys(sentences) if s.place not in known]
-        for sentence, ids in zip(
-            new, safe_encoder(tokenizer).encode_batch([" " + s.text for s in new]), strict=True
-        ):
-            known[sentence.place] = max(1, len(ids))  # none for characters that a tokenizer drops
+        counts = token_counter(tokenizer).count_each([" " + s.text for s in new])
+        for sentence, count in zip(new, counts, strict=True):
+            known[sentence.place] = max(1, count)  # none for characters that a tokenizer drops
         return [known[sentence.place] for sentence in sentences]
 
     def _split(self, number: int) -> list[Sentence]:

@@ -9,14 +9,22 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from longlora_cli.data.chunk import IGNORE, Int32
+from longlora_cli.data.chunk_cost import ChunkCost, chunk_costs
 from longlora_cli.data.chunking import Counts, Cutter, TokenizedDocument
-from longlora_cli.data.dataset import ChunkWriter
-from longlora_cli.data.packing import pack, shuffled
+from longlora_cli.data.ordering import cost_balance, grouped_order
+from longlora_cli.data.packing import pack
+
+
+class TakesChunks(Protocol):
+    """What chunks can be written to."""
+
+    def add(self, input_ids: Int32, labels: Int32, document_lengths: Int32) -> None:
+        """See `ChunkWriter.add`."""
 
 
 class Preparation:
@@ -54,13 +62,25 @@ class Preparation:
         """Tokens of each piece, int64 `[pieces]`."""
         return np.array(self._lengths, dtype=np.int64)
 
-    def layout(self, *, packed: bool, seed: int) -> list[list[int]]:
-        """The pieces of each chunk; chunks in the seed's order."""
-        lengths = self.lengths
-        chunks = pack(lengths, self.cutter.max_length) if packed else [[i] for i in range(len(lengths))]
-        return shuffled(chunks, seed)
+    def layout(self, cost: ChunkCost, *, packed: bool, seed: int) -> list[list[int]]:
+        """The pieces of each chunk; chunks in the seed's order, those of similar cost side by side.
 
-    def write(self, layout: list[list[int]], writer: ChunkWriter) -> None:
+        Args:
+            cost: What pieces cost.
+            packed: Put several pieces into a chunk.
+            seed: Of the order.
+        """
+        lengths = self.lengths
+        chunks = pack(lengths, self.cutter.max_length, cost) if packed else [[i] for i in range(len(lengths))]
+        order = grouped_order(chunk_costs([lengths[chunk] for chunk in chunks], cost), seed)
+        return [chunks[number] for number in order]
+
+    def balance(self, layout: list[list[int]], cost: ChunkCost) -> float:
+        """`cost_balance` of a layout."""
+        lengths = self.lengths
+        return cost_balance(chunk_costs([lengths[chunk] for chunk in layout], cost))
+
+    def write(self, layout: list[list[int]], writer: TakesChunks) -> None:
         """Write the chunks of a layout.
 
         Raises:

@@ -11,7 +11,8 @@ import bisect
 
 import numpy as np
 
-from longlora_cli.data.chunk import IGNORE, Chunk
+from longlora_cli.data.chunk import IGNORE, Chunk, Int32
+from longlora_cli.data.chunk_cost import ChunkCost
 from longlora_cli.data.dataset import ChunkDataset
 
 
@@ -44,21 +45,40 @@ class ShorterChunks:
 
     def __getitem__(self, index: int) -> Chunk:
         """The piece at `index`."""
+        number, start = self._place(index)
+        return cut(self.chunks[number], start, start + self.limit)
+
+    def document_lengths(self, index: int) -> Int32:
+        """Tokens of each document of the piece at `index`, int32 `[documents]`."""
+        number, start = self._place(index)
+        return _lengths_within(self.chunks.document_lengths(number), start, start + self.limit)
+
+    @property
+    def cost(self) -> ChunkCost:
+        """What the prepared chunks were packed by."""
+        return self.chunks.cost
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The chunk of a piece, and the piece's first token in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"piece {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
         first = self._ends[number - 1] if number else 0
-        start = (index - first) * self.limit
-        return cut(self.chunks[number], start, start + self.limit)
+        return number, (index - first) * self.limit
 
 
 def cut(chunk: Chunk, start: int, stop: int) -> Chunk:
     """Tokens `start` to `stop` of a chunk, as a chunk."""
     stop = min(stop, len(chunk))
-    ends = np.cumsum(chunk.document_lengths)
-    inside = np.minimum(ends, stop) - np.maximum(ends - chunk.document_lengths, start)
     labels = chunk.labels[start:stop].copy()
     if start < stop:
         labels[0] = IGNORE
-    lengths = inside[inside > 0].astype(np.int32)
+    lengths = _lengths_within(chunk.document_lengths, start, stop)
     return Chunk(chunk.input_ids[start:stop], labels, lengths)
+
+
+def _lengths_within(lengths: Int32, start: int, stop: int) -> Int32:
+    """Tokens of each document that lie between `start` and `stop`."""
+    ends = np.cumsum(lengths)
+    inside = np.minimum(ends, stop) - np.maximum(ends - lengths, start)
+    return inside[inside > 0].astype(np.int32)

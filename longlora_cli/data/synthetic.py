@@ -176,8 +176,7 @@ class _Plan:
         rng = random.Random(f"{self.seed}:values")
         found: list[Fact] = []
         for key, template, depth in zip(self.keys, self.templates, self.depths, strict=True):
-            taken = " ".join([context, *(fact.value for fact in found)])
-            template, value = draw_value(rng, template, self.wording, taken)
+            template, value = draw_value(rng, template, self.wording, context, [fact.value for fact in found])
             sentence = template.sentence.format(key=key, value=value)
             question = template.question.format(key=key)
             found.append(Fact(key, value, sentence, question, answer=value, depth=depth))

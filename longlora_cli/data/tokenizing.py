@@ -1,11 +1,13 @@
-"""Documents to tokens, in batches that keep all cores busy and memory bounded."""
+"""Documents to tokens, in groups that keep all cores busy and memory bounded."""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -16,14 +18,17 @@ from longlora_cli.data.documents import Document
 from longlora_cli.data.encoding import SafeEncoder, safe_encoder
 from longlora_cli.errors import DataError
 
-# Encoding one batch holds about 150 bytes a token beside its ids: 4M characters are some 150 MB.
-_BATCH_CHARACTERS = 1 << 22
-_BATCH_DOCUMENTS = 4096
-# A piece that one core encodes in about 0.1 s, so that cores finish together.
-_PIECE_CHARACTERS = 1 << 16
-# Text on both sides of a seam that must encode alike with and without the seam.
-_SEAM_CHARACTERS = 256
-_BLANK_LINE = re.compile(r"\n\n+(?=\S)")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+# Encoding a group holds about 150 bytes a token beside its ids: 1M characters are some 40 MB.
+_GROUP_CHARACTERS = 1 << 20
+_GROUP_DOCUMENTS = 4096
+# A piece that one core encodes in about 0.01 s, so that cores finish together.
+_PIECE_CHARACTERS = 1 << 15
+# Two groups at once: while one ends with a core to spare, or its ids become arrays, the other keeps the cores busy.
+# One more waits, so that the reader can fall behind a little.
+_THREADS, _AHEAD = 2, 3
 
 
 def tokenize(
@@ -32,7 +37,8 @@ def tokenize(
     """Tokenize documents in order.
 
     Texts get the tokens that the tokenizer itself puts around a text (BOS, if it does) and its EOS at the
-    end; all but the first token are learnt. Chats are rendered with the tokenizer's template.
+    end; all but the first token are learnt. Chats are rendered with the tokenizer's template. Documents are read
+    some groups ahead of those that come out.
 
     Args:
         documents: Texts and chats.
@@ -42,29 +48,89 @@ def tokenize(
     Raises:
         DataError: A chat and no template, or a chat that the template refuses; the message names its source.
     """
-    for batch in _batches(documents):
-        texts = iter(encode_texts(tokenizer, [d.content for d in batch if isinstance(d.content, str)]))
-        chats = iter(_render(tokenizer, [d for d in batch if d.is_chat]))
-        for document in batch:
-            ids, learnt = next(chats) if document.is_chat else (next(texts), None)
-            if learnt is None or labels == "all":
-                learnt = ids.copy()
-                learnt[:1] = IGNORE
-            yield TokenizedDocument(document.source, document.is_chat, ids, learnt)
+    encoder = safe_encoder(tokenizer)
+    begin, end = _frame(encoder, tokenizer)
+    pieces: list[Int32] = []
+
+    def finish(group: list[_Work]) -> list[tuple[Int32, Int32 | None]]:
+        texts = iter(encoder.encode_pieces([(w.piece, w.begins) for w in group if w.piece is not None]))
+        chats = iter(_render(tokenizer, [w.document for w in group if w.piece is None]))
+        return [next(chats) if w.piece is None else (next(texts), None) for w in group]
+
+    for work, (ids, learnt) in _in_threads(finish, _groups(_works(encoder, documents))):
+        if work.piece is not None:
+            pieces.append(ids)
+            if not work.ends:
+                continue
+            ids, pieces = np.concatenate([begin, *pieces, end]), []
+        if learnt is None or labels == "all":
+            learnt = ids.copy()
+            learnt[:1] = IGNORE
+        yield TokenizedDocument(work.document.source, work.document.is_chat, ids, learnt)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
+@dataclass(frozen=True)
+class _Work:
+    """What is encoded at once: a chat (`piece` is None), or a piece of a text and where in it the piece stands."""
+
+    document: Document
+    piece: str | None
+    begins: bool = True
+    ends: bool = True
+
+    @property
+    def characters(self) -> int:
+        if self.piece is not None:
+            return len(self.piece)
+        return sum(len(m["content"]) for m in self.document.content if isinstance(m, dict))
+
+
+def _works(encoder: SafeEncoder, documents: Iterable[Document]) -> Iterator[_Work]:
     for document in documents:
-        batch.append(document)
-        content = document.content
-        characters += len(content) if isinstance(content, str) else sum(len(m["content"]) for m in content)
-        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        text = document.content
+        if not isinstance(text, str):
+            yield _Work(document, None)
+            continue
+        bounds = [0, *encoder.seams.cuts(text, _PIECE_CHARACTERS), len(text)]
+        for start, stop in pairwise(bounds):
+            yield _Work(document, text[start:stop], start == 0, stop == len(text))
+
+
+def pieces_of(encoder: SafeEncoder, texts: Iterable[Document]) -> Iterator[str]:
+    """What texts are cut into before they are encoded."""
+    return (work.piece for work in _works(encoder, texts) if work.piece is not None)
+
+
+def _groups(works: Iterable[_Work]) -> Iterator[list[_Work]]:
+    group: list[_Work] = []
+    characters = 0
+    for work in works:
+        group.append(work)
+        characters += work.characters
+        if characters >= _GROUP_CHARACTERS or len(group) >= _GROUP_DOCUMENTS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _in_threads(
+    finish: Callable[[list[_Item]], list[_Result]], groups: Iterable[list[_Item]]
+) -> Iterator[tuple[_Item, _Result]]:
+    """Every item with its result, in order, while threads work on the groups that follow."""
+    waiting: deque[tuple[list[_Item], Future[list[_Result]]]] = deque()
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        for group in groups:
+            waiting.append((group, pool.submit(finish, group)))
+            if len(waiting) >= _AHEAD:
+                done, results = waiting.popleft()
+                yield from zip(done, results.result(), strict=True)
+        while waiting:
+            done, results = waiting.popleft()
+            yield from zip(done, results.result(), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _render(tokenizer: Any, documents: list[Document]) -> list[tuple[Int32, Int32]]:
@@ -86,62 +152,30 @@ def _render(tokenizer: Any, documents: list[Document]) -> list[tuple[Int32, Int3
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Int32]:
     """Ids of texts, int32 `[tokens]` each, with the tokenizer's own begin and end tokens, and EOS."""
     encoder = safe_encoder(tokenizer)
+    begin, end = _frame(encoder, tokenizer)
+    return [np.concatenate([begin, ids, end]) for ids in encode_long(encoder, texts)]
+
+
+def _frame(encoder: SafeEncoder, tokenizer: Any) -> tuple[Int32, Int32]:
+    """What stands before and after the ids of a text."""
     end = list(encoder.end)
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in end:
         end.append(tokenizer.eos_token_id)
-    frame = (np.array(encoder.begin, dtype=np.int32), np.array(end, dtype=np.int32))
-    return [np.concatenate([frame[0], ids, frame[1]]) for ids in encode_long(encoder, texts)]
+    return np.array(encoder.begin, dtype=np.int32), np.array(end, dtype=np.int32)
 
 
 def encode_long(encoder: SafeEncoder, texts: list[str]) -> list[Int32]:
     """Ids of texts of any length, int32 `[tokens]` each, without begin and end tokens.
 
-    Long texts are cut at blank lines and their pieces encoded at once. A seam is used only if the text around
-    it, 256 characters to each side, encodes to the same ids with the seam as without; tokenizers that split
-    text at spaces or lines before they merge then give exactly the whole text's ids. A tokenizer for which no
-    seam holds encodes each text whole.
+    Long texts are cut where it is proven that their pieces encode to the whole text's ids (`seams.Seams`), and the
+    pieces encoded by all cores; a text without such a place is encoded whole.
     """
-    parts = [(number, piece) for number, text in enumerate(texts) for piece in _pieces(encoder, text)]
+    documents = [Document(str(number), text) for number, text in enumerate(texts)]
     found: list[list[Int32]] = [[] for _ in texts]
-    for group in _groups(parts):
-        for (number, _), ids in zip(group, encoder.encode_batch([p for _, p in group]), strict=True):
-            found[number].append(ids)
+
+    def finish(group: list[_Work]) -> list[Int32]:
+        return encoder.encode_pieces([(w.piece or "", w.begins) for w in group])
+
+    for work, ids in _in_threads(finish, _groups(_works(encoder, documents))):
+        found[int(work.document.source)].append(ids)
     return [np.concatenate(pieces) for pieces in found]
-
-
-def _groups(parts: list[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    group: list[tuple[int, str]] = []
-    characters = 0
-    for part in parts:
-        group.append(part)
-        characters += len(part[1])
-        if characters >= _BATCH_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def _pieces(encoder: SafeEncoder, text: str) -> list[str]:
-    seams = _seams(encoder, text) if len(text) >= 2 * _PIECE_CHARACTERS else []
-    bounds = [0, *seams, len(text)]
-    return [text[start:end] for start, end in itertools.pairwise(bounds)]
-
-
-def _seams(encoder: SafeEncoder, text: str) -> list[int]:
-    """Where to cut: in the blank line that ends a piece, before its last newline or after it."""
-    candidates: list[tuple[int, int]] = []
-    place = _PIECE_CHARACTERS
-    while (match := _BLANK_LINE.search(text, place)) is not None:
-        candidates.append((match.end() - 1, match.end()))
-        place = match.end() + _PIECE_CHARACTERS
-    places = [place for pair in candidates for place in pair]
-    windows = []
-    for place in places:
-        left, right = text[max(0, place - _SEAM_CHARACTERS) : place], text[place : place + _SEAM_CHARACTERS]
-        windows += [left + right, left, right]
-    encoded = [ids.tolist() for ids in encoder.encode_batch(windows)]
-    holds = {
-        place: encoded[3 * i] == encoded[3 * i + 1] + encoded[3 * i + 2] for i, place in enumerate(places)
-    }
-    return [next(place for place in pair if holds[place]) for pair in candidates if any(map(holds.get, pair))]

@@ -7,7 +7,9 @@ sentences of a form that it was never trained on.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from longlora_cli.errors import DataError
@@ -101,8 +103,10 @@ def draw_keys(rng: random.Random, count: int, wording: Wording) -> list[str]:
     return [f"{adjectives[nouns[noun]][turn]} {nouns[noun]}" for turn, noun in rounds]
 
 
-def draw_value(rng: random.Random, template: Template, wording: Wording, taken: str) -> tuple[Template, str]:
-    """A value for the template that does not occur in `taken`: five digits without a leading zero, or a city.
+def draw_value(
+    rng: random.Random, template: Template, wording: Wording, taken: str, values: Sequence[str] = ()
+) -> tuple[Template, str]:
+    """A value for the template that occurs neither in `taken` nor in `values`: five digits, the first not 0, or a city.
 
     When the text names every city, the first template of the wording, a number's, is used instead.
 
@@ -110,15 +114,21 @@ def draw_value(rng: random.Random, template: Template, wording: Wording, taken: 
         DataError: Ten thousand numbers in a row were taken.
     """
     if template.kind == "city":
-        free = [city for city in _CITIES if city not in taken]
+        free = [city for city in _free_cities(taken) if not any(city in value for value in values)]
         if free:
             return template, rng.choice(free)
         template = templates(wording)[0]
     for _ in range(_TRIES):
         value = str(rng.randint(10000, 99999))
-        if value not in taken:
+        if value not in taken and value not in values:
             return template, value
     raise DataError(
         "the text to hide facts in holds nearly every five-digit number, so that no answer would be unique",
         hint="Use prose rather than tables of numbers.",
     )
+
+
+@lru_cache(maxsize=2)
+def _free_cities(text: str) -> tuple[str, ...]:
+    """Cities that a text does not name: fifty searches of a long one, made once for all of a chat's facts."""
+    return tuple(city for city in _CITIES if city not in text)

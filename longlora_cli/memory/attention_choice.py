@@ -124,6 +124,13 @@ def choose_kernel(
     return makers[backend]()
 
 
+def expected_kernel(backend: str, device: torch.device) -> str:
+    """What a backend will probably compute long documents with, for predictions: nothing is imported or loaded."""
+    if backend == "auto" and device.type == "cuda":
+        return "cudnn" if fa4_problem(device) else "fa4"
+    return backend
+
+
 def refuse_backend(backend: str, device: torch.device) -> None:
     """Raise SettingsError for a backend that is unknown or that this device does not have."""
     if backend not in (*BACKENDS, "plain"):

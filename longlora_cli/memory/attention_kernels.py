@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longlora_cli.errors import IncompatibleError, SettingsError
-from longlora_cli.memory.attention_choice import BACKENDS, choose_kernel, refuse_backend
+from longlora_cli.memory.attention_choice import BACKENDS, choose_kernel, expected_kernel, refuse_backend
 from longlora_cli.memory.attention_documents import AttentionKernel, Gradients, lse_dtype
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "attend_backward",
     "attend_forward",
     "choose_kernel",
+    "expected_kernel",
     "refuse_backend",
     "shifted_lengths",
 ]

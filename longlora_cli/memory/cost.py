@@ -32,6 +32,12 @@ _HALF_FULL_BLOCKS_PER_PROCESSOR = 272 / 132
 _COPY_SHARE = 0.8  # of the copy rate: the copies share memory and link with kernels and with each other
 # One core copies random rows of 8 KiB at 7.6 GB/s, measured on a server; torch uses more of them where it may.
 _GATHER_BYTES_PER_SECOND = 7e9
+# What is limited by the GPU's memory and not by FLOPs (norms, RoPE, gates, thin adapter products,
+# strided copies): so many times width + intermediate numbers a token and layer are read or written in a step. Fitted to
+# steps of an 8B model on one H100: 650, 720, 845, 650, 590, 760 ns a token and layer at 32K, 128K, 256K, and on 12, 16,
+# 24 GB; 680 ns is 61 times 18,432 bf16 numbers at 3.35 TB/s. A third of it is the forward pass's.
+_STREAMED_TIMES = 61
+_FORWARD_SHARE = 1 / 3
 _HALF_FULL_TILE = 512  # tokens: tiles of 4K/8K/16K reach 688/711/752 of 780 TFLOP/s on one H100
 
 
@@ -213,15 +219,22 @@ class StepCost:
         return np.maximum(attends, 2 * x + attention + self.tile_bytes(setting))
 
     def _backward_run(self, places: Array, groups: Groups, setting: Setting) -> Array:
-        """What the running layer holds in backward: gradient, x, O, dO and either an MLP tile or attention's parts."""
+        """What the running layer holds in backward: gradient, x, O, dO and either an MLP tile or attention's parts.
+
+        Before that, where O was not kept, it holds what attention's forward pass takes, without dO.
+        """
         x, attention, qkv, gate_up = self.sizes
         dout = attention - self.tokens * self.shape.heads * LSE_BYTES
         common = 2 * x + attention + dout
         # Computed together with O, q/k/v stay until attention's backward; else they are computed after the MLP's.
         early = np.where(places[:, ATTENTION] > 0, places[:, QKV] > 0, ~groups.inside) * qkv
-        mlp = early + (places[:, GATE_UP] > 0) * gate_up + self.tile_bytes(setting)
-        attend = qkv + max(self.projection_bytes(setting), self.attention_bytes(setting)[1])
-        return common + np.maximum(mlp, attend)
+        gated = (places[:, GATE_UP] > 0) * gate_up
+        mlp = early + gated + self.tile_bytes(setting)
+        ahead, behind = self.attention_bytes(setting)
+        attend = qkv + max(self.projection_bytes(setting), behind)
+        again = 2 * x + qkv + gated + max(self.projection_bytes(setting), attention + ahead)
+        again = np.where((places[:, ATTENTION] == 0) & ~groups.inside, again, 0.0)
+        return np.maximum(common + np.maximum(mlp, attend), again)
 
     def away_peak(self, places: Array, setting: Setting, place: int) -> Array:
         """Most bytes at `HOST` or `DISK` at any moment, `[candidates]`; what goes to disk passes the host in pieces."""
@@ -262,10 +275,18 @@ class StepCost:
         matmul = self.machine.matmul_flops * fill
         ahead = f.attention / (self.machine.attention_flops_forward * heads)
         behind = 2.5 * f.attention / (self.machine.attention_flops_backward * heads)
-        forward = np.full(inside.shape, f.linear / matmul + ahead)
-        backward = back / matmul + behind + ~attended * ahead
+        streamed = self._streamed_seconds
+        forward = np.full(inside.shape, f.linear / matmul + ahead + _FORWARD_SHARE * streamed)
+        backward = back / matmul + behind + ~attended * ahead + (1 - _FORWARD_SHARE) * streamed
         flops = (f.linear + back + (3.5 + ~attended) * f.attention).sum(1) + 2 * f.head
         return (forward, backward), flops
+
+    @property
+    def _streamed_seconds(self) -> float:
+        """What one layer's passes over the GPU's memory take in a step, beside its matrix products and attention."""
+        s = self.shape
+        numbers = _STREAMED_TIMES * self.tokens * (s.width + s.intermediate)
+        return numbers * s.element_bytes / self.machine.memory_bytes_per_second
 
     def copies_hide(self, setting: Setting) -> bool:
         """Whether everything of a layer can leave while a layer runs forward."""

@@ -26,32 +26,39 @@ _UNLIMITED = 2**60  # cgroup v1 writes about 2^63 for "no limit"
 
 # Rates of the H100 80GB (SXM), measured with torch 2.11 and cuDNN 9.19: matmuls in MLP tiles of 8,192 tokens with
 # dequantization 711 TFLOP/s, which the planner's own tile term takes from 750; causal attention of 32 query and 8
-# key-value heads of 128 at 131,072 tokens 575 forward, 525 backward; pinned copies 55 GB/s each way.
+# key-value heads of 128 at 131,072 tokens 575 forward, 525 backward by cuDNN, 597 and 638 by FlashAttention-4; pinned
+# copies 55 GB/s each way.
 _H100 = (989e12, 750e12, 575e12, 525e12, 55e9)
-# Dense 16-bit tensor FLOP/s as the makers' data sheets state them (float32 accumulation), and PCIe copies at about
-# 85 % of the link. Where nothing was measured, the shares of the peak are the H100's.
-_PEAKS: dict[str, tuple[float, float]] = {
-    "H200": (989e12, 55e9),
-    "H100": (989e12, 55e9),
-    "B200": (2250e12, 55e9),
-    "A100": (312e12, 25e9),
-    "L40": (181e12, 25e9),
-    "A10": (125e12, 25e9),
-    "RTX 5090": (210e12, 50e9),
-    "RTX 4090": (165e12, 25e9),
-    "RTX 3090": (71e12, 25e9),
-    "T4": (65e12, 12e9),
+_FA4_H100 = (597e12, 638e12)
+# Dense 16-bit tensor FLOP/s (float32 accumulation) and bytes/s of the card's own memory as the makers' data sheets
+# state them, and PCIe copies at about 85 % of the link. Where nothing was measured, the shares are the H100's.
+_PEAKS: dict[str, tuple[float, float, float]] = {
+    "H200": (989e12, 55e9, 4.8e12),
+    "H100": (989e12, 55e9, 3.35e12),
+    "B200": (2250e12, 55e9, 8e12),
+    "A100": (312e12, 25e9, 2.04e12),
+    "L40": (181e12, 25e9, 0.86e12),
+    "A10": (125e12, 25e9, 0.6e12),
+    "RTX 5090": (210e12, 50e9, 1.79e12),
+    "RTX 4090": (165e12, 25e9, 1.01e12),
+    "RTX 3090": (71e12, 25e9, 0.94e12),
+    "T4": (65e12, 12e9, 0.32e12),
 }
-_UNKNOWN_GPU = (100e12, 12e9)
+_UNKNOWN_GPU = (100e12, 12e9, 0.5e12)
 # Two cores of a server: for tests and for the embedded model, where only ratios matter.
 _CPU_FLOPS = 5e10
 _CPU_COPY_BYTES_PER_SECOND = 5e9
+_CPU_MEMORY_BYTES_PER_SECOND = 1e10
 _FLOAT32_SHARE = 1 / 15  # of the 16-bit peak: 67 against 989 TFLOP/s on an H100 without TF32
 _DISK_BYTES_PER_SECOND = 2e9  # an NVMe's sustained writes
-_RATES = (
+_COMPUTE_RATES = (
     "matmul_flops",
     "attention_flops_forward",
     "attention_flops_backward",
+    "memory_bytes_per_second",
+)
+_RATES = (
+    *_COMPUTE_RATES,
     "copy_bytes_per_second",
     "disk_bytes_per_second",
 )
@@ -71,6 +78,7 @@ class Machine:
         copy_bytes_per_second: Between GPU and host, each way at the same time.
         disk_bytes_per_second: Of reading and of writing.
         multiprocessors: Of the GPU: how much attention in one call keeps it busy; 0 when any does.
+        memory_bytes_per_second: Of the GPU's own memory, by its data sheet.
 
     Raises:
         SettingsError: A negative size, or a rate that is not positive.
@@ -85,6 +93,7 @@ class Machine:
     copy_bytes_per_second: float = _H100[4]
     disk_bytes_per_second: float = _DISK_BYTES_PER_SECOND
     multiprocessors: int = 132
+    memory_bytes_per_second: float = _PEAKS["H100"][2]
 
     def __post_init__(self) -> None:
         for name in ("gpu_bytes", "host_bytes", "disk_bytes", "multiprocessors"):
@@ -103,6 +112,7 @@ class Machine:
         host_limit_bytes: int | None = None,
         disk: Path | None = None,
         element_bytes: int = 2,
+        attention: str = "cudnn",
     ) -> Machine:
         """Look at this machine.
 
@@ -112,6 +122,8 @@ class Machine:
             host_limit_bytes: Use at most this much host memory.
             disk: Folder on a disk for activations; None uses none.
             element_bytes: Bytes of the compute type; 4 lowers the rates.
+            attention: Kernel of long documents: `fa4` has rates of its own, for all others the card's usual best
+                counts, which is cuDNN on Hopper.
 
         Raises:
             SettingsError: A limit is negative.
@@ -123,15 +135,16 @@ class Machine:
         if device.type == "cuda":
             gpu = gpu_bytes_available(device) + torch.cuda.memory_allocated(device) + CONTEXT_BYTES
             facts = torch.cuda.get_device_properties(device)
-            peak, copy = _peak_of(facts.name)
+            peak, copy, memory = _peak_of(facts.name)
             processors = facts.multi_processor_count
             unit = peak / _H100[0] * (_FLOAT32_SHARE if element_bytes > 2 else 1.0)
-            matmul, forward, backward = (rate * unit for rate in _H100[1:4])
+            attends = _FA4_H100 if attention == "fa4" else _H100[2:4]
+            matmul, forward, backward = (rate * unit for rate in (_H100[1], *attends))
         else:
             gpu = host // 2
             host -= gpu
             matmul = forward = backward = _CPU_FLOPS
-            copy = _CPU_COPY_BYTES_PER_SECOND
+            copy, memory = _CPU_COPY_BYTES_PER_SECOND, _CPU_MEMORY_BYTES_PER_SECOND
         return cls(
             gpu if gpu_limit_bytes is None else min(gpu, gpu_limit_bytes),
             host if host_limit_bytes is None else min(host, host_limit_bytes),
@@ -141,6 +154,7 @@ class Machine:
             attention_flops_backward=backward,
             copy_bytes_per_second=copy,
             multiprocessors=processors,
+            memory_bytes_per_second=memory,
         )
 
     @property
@@ -171,11 +185,11 @@ class Machine:
             if not value > 0:
                 raise SettingsError(f"{name} is {value}", rule="It must be more than 0.")
         ratio = measured.get("seconds_ratio", 1.0)
-        rates = {name: getattr(self, name) / ratio for name in _RATES[:3]}
+        rates = {name: getattr(self, name) / ratio for name in _COMPUTE_RATES}
         return replace(self, **rates | {n: v for n, v in measured.items() if n != "seconds_ratio"})
 
 
-def _peak_of(name: str) -> tuple[float, float]:
+def _peak_of(name: str) -> tuple[float, float, float]:
     for chip in sorted(_PEAKS, key=len, reverse=True):  # "A100" before "A10"
         if chip in name:
             return _PEAKS[chip]

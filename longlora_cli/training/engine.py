@@ -14,6 +14,7 @@ import torch
 from longlora_cli.config import TrainConfig
 from longlora_cli.errors import IncompatibleError, ResourceError, SettingsError
 from longlora_cli.memory.arena import HostArena
+from longlora_cli.memory.attention_kernels import expected_kernel
 from longlora_cli.memory.calibration import Calibration
 from longlora_cli.memory.engine import fused_fault, use_engine
 from longlora_cli.memory.generic import use_generic_engine
@@ -147,6 +148,7 @@ def machine_for(settings: TrainConfig, device: torch.device, processes: int, ele
         host_limit_bytes=settings.host_memory,
         disk=settings.disk_offload,
         element_bytes=element_bytes,
+        attention=expected_kernel(settings.attention, device),
     )
     if settings.gpu_memory is not None:
         # The limit is the card's, so what CUDA takes beside torch's allocator is part of it.

@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from longlora_cli.config import TrainConfig
+from longlora_cli.data.chunk_cost import chunk_costs
+from longlora_cli.data.ordering import GroupedSampler
 from longlora_cli.errors import NumericError
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel
@@ -76,7 +78,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
     Args:
         config: The settings.
         loaded: Model with its adapter attached.
-        data: A map dataset of chunks.
+        data: A map dataset of chunks that tells its chunks' `document_lengths` and its `cost`.
         collate: Chunks -> batch with `input_ids`, `labels`, `position_ids`, `document_lengths`.
         record: Written beside each saved adapter.
         mesh: The processes.
@@ -115,6 +117,13 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         self._last_loss = 0.0
         self.saved_step = -1
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
+        """Chunks of similar cost side by side, so that processes do not wait for each other."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        costs = chunk_costs([data.document_lengths(index) for index in range(len(data))], data.cost)
+        # At the start of a pass `state.epoch` is its whole number, and a part more when a run goes on within it.
+        return GroupedSampler(costs, self.args.seed, lambda: int((self.state.epoch or 0.0) + 1e-6))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward, counted; peaks are reset at the first of a step."""

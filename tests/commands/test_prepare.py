@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from longlora_cli.cli import main
 from longlora_cli.data.chunk import IGNORE
 from longlora_cli.data.dataset import ChunkDataset
+from longlora_cli.data.ordering import cost_balance
 from longlora_cli.models.tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The miller slept."}]
@@ -143,6 +145,80 @@ def test_the_summary_says_what_was_cut(
     assert sum(bar["pieces"] for bar in cut["histogram"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "kept"), [("truncate", "[:64]"), ("truncate-left", "[-64:]"), ("truncate-middle", "ends")]
+)
+def test_truncation_keeps_the_part_that_was_asked_for(
+    setting: str, kept: str, book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "data"
+    prepared(capsys, book, "-m", model, "-o", out, "--max-length", 64, "--on-long", setting)
+    tokenizer = load_tokenizer(model)
+    whole = [*tokenizer(book.read_text())["input_ids"], tokenizer.eos_token_id]
+    expected = {"[:64]": whole[:64], "[-64:]": whole[-64:], "ends": whole[:32] + whole[-32:]}[kept]
+    assert ChunkDataset.open(out)[0].input_ids.tolist() == expected
+
+
+def test_a_stride_is_the_length_less_the_overlap(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "--max-length", 128]
+    overlapping = prepared(capsys, *common, "-o", tmp_path / "a", "--overlap", 28)
+    striding = prepared(capsys, *common, "-o", tmp_path / "b", "--stride", 100)
+    assert {**striding, "out": ""} == {**overlapping, "out": ""}
+    assert striding["tokens_repeated"] > 0
+    files = [(tmp_path / name / "shard-00000.arrow").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_overlap_is_learnt_once_or_each_time(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "--max-length", 128, "--overlap", 28]
+    once = prepared(capsys, *common, "-o", tmp_path / "a")
+    again = prepared(capsys, *common, "-o", tmp_path / "b", "--learn-overlap")
+    cuts = once["cuts_at_token"]
+    assert once["trained_tokens"] == once["tokens_read"] - 1
+    # The first token of a piece has nothing before it in either case.
+    assert again["trained_tokens"] == once["trained_tokens"] + cuts * (28 - 1)
+
+
+def test_pieces_end_at_paragraphs_when_asked_for_and_every_cut_is_shown(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "--max-length", 512, "--no-pack"]
+    summary = prepared(capsys, *common, "-o", tmp_path / "a", "--split-at", "paragraph")
+    assert summary["cuts_at_paragraph"] == summary["chunks"] - 1 > 5
+    assert summary["cuts_at_sentence"] == summary["cuts_at_token"] == 0
+    data, tokenizer = ChunkDataset.open(tmp_path / "a"), load_tokenizer(model)
+    text = book.read_text()
+    for number in range(len(data)):
+        piece = tokenizer.decode(data[number].input_ids, skip_special_tokens=True)
+        assert text.endswith(piece) or text[text.index(piece) + len(piece) - 2 :].startswith("\n\n")
+    narrow = prepared(capsys, *common[:-2], 40, "-o", tmp_path / "b", "--split-at", "chapter")
+    assert narrow["cuts_at_chapter"] == 0
+    assert narrow["cuts_at_sentence"] > 0
+    assert prepare(*common, "-o", tmp_path / "c", "--split-at", "paragraph") == 0
+    assert f"cuts before a paragraph │ {summary['cuts_at_paragraph']}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_fill_and_balance_are_shown_and_kept(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", *({"text": "river " * (1 + n % 50)} for n in range(200)))
+    summary = prepared(capsys, source, "-m", model, "-o", tmp_path / "data", "--max-length", 256)
+    data = ChunkDataset.open(tmp_path / "data")
+    assert summary["fill"] == sum(map(len, (data[n] for n in range(len(data))))) / (256 * len(data))
+    costs = np.array([data.cost.of(data.document_lengths(n)).sum() for n in range(len(data))])
+    assert summary["balance"] == pytest.approx(cost_balance(costs))
+    assert data.manifests[0].meta["cost"]["model"] == "Llama-3.1-8B"  # the folder holds a tokenizer alone
+    assert data.manifests[0].meta["balance"] == summary["balance"] > 0.9
+    assert prepare(source, "-m", model, "-o", tmp_path / "b", "--max-length", 256) == 0
+    assert f"Cost balance {summary['balance']:.1%}" in capsys.readouterr().out
+
+
 def test_a_dry_run_counts_the_same_and_writes_nothing(
     book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,7 +226,9 @@ def test_a_dry_run_counts_the_same_and_writes_nothing(
     dry = prepared(capsys, *common, "--dry-run")
     assert left_behind(tmp_path, book) == []
     real = prepared(capsys, *common)
-    assert {**dry, "dry_run": False} == real
+    times = ("seconds", "tokens_per_second")
+    counted = [{k: v for k, v in summary.items() if k not in (*times, "dry_run")} for summary in (dry, real)]
+    assert counted[0] == counted[1]
 
 
 def test_the_manifest_holds_the_summary_and_the_settings(
@@ -207,6 +285,16 @@ def test_streaming_files_is_refused(
 ) -> None:
     assert prepare(book, "-m", model, "-o", tmp_path / "data", "--stream") == 2
     assert "--stream has no effect" in capsys.readouterr().err
+
+
+def test_the_speed_is_told_and_not_kept_in_the_manifest(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = prepared(capsys, book, "-m", model, "-o", tmp_path / "data", "--max-length", 128)
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens_read"] / summary["seconds"])
+    assert not {"seconds", "tokens_per_second"} & set(ChunkDataset.open(tmp_path / "data").manifests[0].meta)
+    assert prepare(book, "-m", model, "-o", tmp_path / "again", "--max-length", 128) == 0
+    assert re.search(r"Read, tokenized and written in [\d.]+ s, [\d,]+ tokens/s\.", capsys.readouterr().out)
 
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
@@ -340,3 +428,79 @@ def test_a_full_disk_is_told_and_leaves_nothing(book: Path, model: str, tmp_path
     assert done.returncode == 5, done.stderr
     assert "the disk is full" in done.stderr
     assert left_behind(tmp_path, book) == []
+
+
+def test_show_sets_what_the_assistant_says_off_from_what_is_only_read(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", {"messages": CHAT})
+    assert prepare(source, "-m", model, "-o", tmp_path / "data", "--show", 1) == 0
+    shown = capsys.readouterr().out
+    assert "chunk 1 of 1" in shown
+    assert "⟦The miller slept." in shown
+    assert "Who?" in shown[shown.index("document 1:") : shown.index("⟦The")]
+
+
+def test_show_shortens_a_long_run_and_says_by_how_much(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", "--max-length", 512, "--show", 1) == 0
+    # 512 tokens, the first of them masked, 60 shown at each end.
+    assert "[... 391 tokens ...]" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_what_would_be_written_and_writes_nothing(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for more in (["--dry-run"], []):
+        arguments = (book, "-m", model, "-o", tmp_path / "data", "--max-length", 128, "--show", 2, *more)
+        assert prepare(*arguments) == 0
+        out = capsys.readouterr().out
+        shown.append(out[out.index("Learnt tokens are") :])
+        assert (tmp_path / "data").exists() != bool(more)
+    assert shown[0] == shown[1]
+    assert left_behind(tmp_path, book, tmp_path / "data") == []
+
+
+def test_a_prepared_folder_has_a_picture_that_its_manifest_covers(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(capsys, book, "-m", model, "-o", tmp_path / "data", "--max-length", 512)
+    assert "lengths.png" in ChunkDataset.open(tmp_path / "data", verify=True).manifests[0].files
+
+
+RUN = "The river ran past the old mill and the amber falcon watched it."
+
+
+@pytest.mark.parametrize(("action", "texts"), [("report", 3), ("drop", 2)])
+def test_documents_that_overlap_with_evaluation_data_are_told_or_left_out(
+    action: str, texts: int, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "Nothing of the kind was ever said by anyone here, as far as anybody knows of it."
+    source = rows(
+        tmp_path / "a.jsonl", {"text": other}, {"text": f"Once. {RUN} So it was."}, {"messages": CHAT}
+    )
+    asked = rows(tmp_path / "eval.jsonl", {"text": RUN.upper()})
+    more = ["--overlap-check", asked, "--on-overlap", action]
+    summary = prepared(capsys, source, "-m", model, "-o", tmp_path / "data", *more)
+    assert summary["overlap"]["documents"] == 1
+    assert summary["overlap"]["most"] == [{"source": f"{source}:2", "shared": 1, "of": 5}]
+    assert summary["documents"] + summary["chats"] == texts
+
+
+def test_an_overlap_can_be_an_error_that_names_the_document(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", {"text": "One."}, {"text": RUN})
+    more = ["--overlap-check", source, "--on-overlap", "error"]
+    assert prepare(source, "-m", model, "-o", tmp_path / "data", *more) == 2
+    assert "a.jsonl:2: 1 of 1 runs of 13 words are in the evaluation data" in capsys.readouterr().err
+    assert left_behind(tmp_path, source) == []
+
+
+def test_what_to_do_with_overlaps_needs_something_to_compare_with(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", "--on-overlap", "drop") == 2
+    assert "--overlap-check" in capsys.readouterr().err

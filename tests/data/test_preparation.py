@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from longlora_cli.data.chunk import IGNORE
+from longlora_cli.data.chunk_cost import ChunkCost
 from longlora_cli.data.chunking import Cutter, TokenizedDocument
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.data.preparation import Preparation, length_histogram
+
+COST = ChunkCost(per_token=10.0, per_squared_token=1.0, model="a model")
 
 
 def document(tokens: int) -> TokenizedDocument:
@@ -38,7 +41,7 @@ def test_counting_alone_writes_nothing_and_counts_the_same(tmp_path: Path) -> No
         dry.add(document(tokens))
     assert dry.counts == real.counts
     assert dry.trained_tokens == real.trained_tokens == 5 + 45 + 3 - 5
-    assert dry.layout(packed=True, seed=1) == real.layout(packed=True, seed=1)
+    assert dry.layout(COST, packed=True, seed=1) == real.layout(COST, packed=True, seed=1)
     with (
         pytest.raises(ValueError, match="nothing was spooled"),
         ChunkDataset.writing(tmp_path / "data", {}) as writer,
@@ -50,7 +53,17 @@ def test_counting_alone_writes_nothing_and_counts_the_same(tmp_path: Path) -> No
 def test_without_packing_each_piece_is_a_chunk() -> None:
     preparation = Preparation(Cutter(20), None)
     preparation.add(document(45))
-    assert sorted(preparation.layout(packed=False, seed=0)) == [[0], [1], [2]]
+    assert sorted(preparation.layout(COST, packed=False, seed=0)) == [[0], [1], [2]]
+
+
+def test_the_balance_of_a_layout_is_that_of_its_costs() -> None:
+    preparation = Preparation(Cutter(20), None)
+    for tokens in (20, 10, 10):
+        preparation.add(document(tokens))
+    layout = [[0], [1, 2]]
+    assert preparation.layout(COST, packed=True, seed=0) in (layout, layout[::-1])
+    # 20 tokens in one document cost 600, in two 400; two chunks at once wait for the first.
+    assert preparation.balance(layout, COST) == (600 + 400) / (2 * 600)
 
 
 def test_the_histogram_counts_each_piece_in_its_power_of_two() -> None:

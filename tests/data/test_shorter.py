@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longlora_cli.data.chunk import IGNORE, Chunk
+from longlora_cli.data.chunk_cost import ChunkCost, default_cost
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.data.shorter import ShorterChunks, cut
 
@@ -54,3 +55,15 @@ def test_a_context_of_one_token_is_refused(tmp_path: Path) -> None:
     data = ChunkDataset.write(tmp_path / "data", [chunk(3)], meta)
     with pytest.raises(ValueError, match="nothing to predict"):
         ShorterChunks(data, 1)
+
+
+def test_lengths_and_costs_are_told_without_reading_the_pieces(tmp_path: Path) -> None:
+    cost = {"per_token": 1.0, "per_squared_token": 2.0, "model": "a model"}
+    data = ChunkDataset.write(tmp_path / "d", [chunk(5, 4), chunk(3)], {"cost": cost})
+    shorter = ShorterChunks(data, 4)
+    assert [shorter.document_lengths(n).tolist() for n in range(4)] == [[4], [1, 3], [1], [3]]
+    assert [shorter[n].document_lengths.tolist() for n in range(4)] == [[4], [1, 3], [1], [3]]
+    assert data.document_lengths(0).tolist() == [5, 4]
+    assert shorter.cost == data.cost == ChunkCost(**cost)  # type: ignore[arg-type]
+    older = ChunkDataset.write(tmp_path / "older", [chunk(3)], {})
+    assert older.cost == default_cost()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from typing import Any
 
@@ -11,6 +13,7 @@ from longlora_cli.data.haystack import Haystack, split_sentences
 from longlora_cli.data.synthetic import make_retrieval_chat, make_training_chat
 from longlora_cli.data.wordings import draw_keys, templates
 from longlora_cli.errors import DataError
+from longlora_cli.models.tokenizer import load_tokenizer
 
 WORDS = ("river", "mill", "stone", "lamp", "bread", "letter", "winter", "hill", "door", "garden", "boat")
 
@@ -177,3 +180,13 @@ def test_sentences_keep_every_word_and_know_their_paragraphs() -> None:
 def test_an_empty_haystack_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a text"):
         Haystack(["  \n"])
+
+
+def test_a_chat_is_the_same_bytes_whatever_makes_it_faster(haystack: Haystack) -> None:
+    tokenizer = load_tokenizer("builtin")
+    chats = [
+        make_training_chat(haystack, tokenizer, longest=4096, facts=8, questions=4, seed=3, index=n)
+        for n in range(8)
+    ]
+    content = json.dumps([[chat.messages, chat.tokens, [f.depth for f in chat.facts]] for chat in chats])
+    assert hashlib.sha256(content.encode()).hexdigest()[:16] == "c8b76a1a83e4cd1d"

@@ -158,6 +158,14 @@ def test_a_machine_counts_loaded_weights_and_context_as_memory_for_training(tmp_
 
 
 @pytest.mark.usefixtures("gpu")
+def test_flash_attention_4_has_rates_of_its_own() -> None:
+    usual, fa4 = Machine.detect("cuda"), Machine.detect("cuda", attention="fa4")
+    assert fa4.attention_flops_backward / usual.attention_flops_backward == pytest.approx(638 / 525)
+    assert fa4.attention_flops_forward / usual.attention_flops_forward == pytest.approx(597 / 575)
+    assert fa4.matmul_flops == usual.matmul_flops
+
+
+@pytest.mark.usefixtures("gpu")
 def test_limits_lower_what_is_used_and_never_raise_it() -> None:
     machine = Machine.detect("cuda", gpu_limit_bytes=24 * GIB, host_limit_bytes=GIB)
     assert (machine.gpu_bytes, machine.host_bytes, machine.disk_bytes) == (24 * GIB, GIB, 0)
@@ -182,6 +190,7 @@ def test_measured_rates_replace_assumed_ones_and_a_ratio_divides_them() -> None:
     assert again.matmul_flops == 3e14
     assert again.attention_flops_forward == machine.attention_flops_forward / 2
     assert again.attention_flops_backward == machine.attention_flops_backward / 2
+    assert again.memory_bytes_per_second == machine.memory_bytes_per_second / 2
     assert again.copy_bytes_per_second == 1e10
     assert again.disk_bytes_per_second == machine.disk_bytes_per_second
 

@@ -36,7 +36,9 @@ def llama_8b(rank: int = 16, optimizer: float = 8.0) -> ModelShape:
 def card(gpu: float, host: float, disk: float = 0, tflops: float = 500) -> Machine:
     """Sizes in GiB; one rate for all computation, as the reference table has it."""
     rate = tflops * 1e12
-    return Machine(int(gpu * GIB), int(host * GIB), int(disk * GIB), rate, rate, rate)
+    endless = float("inf")  # memory's own time is not in the table
+    sizes = (int(gpu * GIB), int(host * GIB), int(disk * GIB))
+    return Machine(*sizes, rate, rate, rate, memory_bytes_per_second=endless)
 
 
 SMALL = ModelShape(6, 64, 4, 2, 16, 160, 512, 4, 10_000, 2_000, 4)
@@ -129,6 +131,18 @@ def test_the_prediction_is_what_a_walk_through_the_step_finds(problem: Problem, 
 
 
 PLACES = ("recompute", "gpu", "host", "disk")
+
+
+def test_attention_computed_again_before_a_backward_counts_copies_of_its_operands() -> None:
+    shape = ModelShape(
+        1, 96, 4, 4, 8, 200, 64, 2, 1000, 0, 13, embedding_bytes=0, mlp_matrices=2
+    )  # heads of their own and small tiles: the copies are the largest part
+    nothing = Prediction(0, 0, 0, 0.0, 0.0, 0.0)
+    layers = (LayerPlan("host", "recompute", "disk", "host"),)
+    plan = MemoryPlan(2564, layers, "gpu", "gpu", 64, 16, 2, 0, nothing)
+    cost = StepCost(shape, 2564, 2564.0**2, slow(1, 1, 1))
+    predicted = cost.gpu_peak(np.array([[[2], [0], [3], [2]]]), Setting(64, 16, 2, 1, 1))[0]
+    assert Walk(plan, shape, 2564.0**2).run().ledger.peak["gpu"] == pytest.approx(predicted, abs=1)
 
 
 @settings(max_examples=150, deadline=None)
@@ -305,6 +319,27 @@ def test_the_walk_agrees_for_an_8b_model(tokens: int, gpu: float, host: float, d
 )
 def test_smaller_cards_reach_their_lengths(gpu: int, host: int, tokens: int, optimizer: float) -> None:
     assert longest_context(llama_8b(32, optimizer), card(gpu, host)) >= tokens
+
+
+# Seconds of a step on one H100 with FlashAttention-4, benchmarks/results.jsonl: (tokens, bytes of the card, seconds).
+MEASURED = [
+    (32768, 84.5e9, 3.68), (131072, 84.5e9, 34.87), (262144, 84.5e9, 122.19),
+    (70400, 12e9, 15.30), (134912, 16e9, 45.34), (263424, 24e9, 152.79),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tokens", "gpu_bytes", "seconds"), MEASURED)
+def test_the_planner_would_have_predicted_the_measured_steps_within_a_twentieth(
+    tokens: int, gpu_bytes: float, seconds: float
+) -> None:
+    h100 = Machine(
+        int(gpu_bytes),
+        int(120.9 * GIB),
+        attention_flops_forward=597e12,
+        attention_flops_backward=638e12,
+    )
+    plan = roomy_plan(llama_8b(32, 0.0), tokens, h100)
+    assert plan.predicted.seconds == pytest.approx(seconds, rel=0.05)
 
 
 EMBEDDING_BYTES = 128256 * 4096 * 2

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 from longlora_cli.commands import train
 from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console
+from longlora_cli.data.dataset import ChunkDataset
+from longlora_cli.data.ordering import cost_balance, grouped_order
 from longlora_cli.errors import DataError, IntegrityError, NumericError, SettingsError
 from longlora_cli.storage import read_json_lines, sha256_of, verify_folder
 from longlora_cli.training import checkpoint
@@ -155,6 +158,41 @@ def test_two_processes_equal_one_and_only_the_first_prints_and_writes(
     _, err = child.communicate(timeout=120)
     assert child.returncode != 0
     assert err.decode().count("holds another run: lora_rank was 4, now 8") == 1
+
+
+def test_two_processes_resumed_within_a_later_pass_read_what_was_left_of_it(
+    command: dict[str, Any], tmp_path: Path
+) -> None:
+    """24 chunks: the second pass begins after 12 steps of two processes."""
+    command |= {
+        "steps": 16,
+        "save_every": 1,
+        "keep_checkpoints": 20,
+        "learning_rate": 1e-3,
+        "out": tmp_path / "r",
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "longlora_cli"]
+    _, err = (child := spawn(command, *launcher)).communicate(timeout=120)
+    assert child.returncode == 0, err.decode()
+    wanted = adapter_hash(tmp_path / "r")
+    cut_back(tmp_path / "r", 13)
+    _, err = (child := spawn(command, *launcher)).communicate(timeout=120)
+    assert child.returncode == 0, err.decode()
+    assert adapter_hash(tmp_path / "r") == wanted
+
+
+def test_chunks_of_similar_cost_are_read_side_by_side_in_another_order_each_pass(
+    command: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = ChunkDataset.open(Path(command["data"][0])), []
+    get = ChunkDataset.__getitem__
+    monkeypatch.setattr(ChunkDataset, "__getitem__", lambda self, n: (read.append(n), get(self, n))[1])
+    run(command, out=tmp_path / "r", epochs=2, seed=3)
+    costs = np.array([data.cost.of(data.document_lengths(n)).sum() for n in range(24)])
+    first, second = grouped_order(costs, 3, 0), grouped_order(costs, 3, 1)
+    assert first != second
+    assert read[-48:] == first + second
+    assert cost_balance(costs[first]) > cost_balance(costs[np.random.default_rng(0).permutation(24)])
 
 
 def test_accelerate_launches_it(command: dict[str, Any], tmp_path: Path) -> None:
