@@ -9,12 +9,15 @@ from typing import Any
 from longlora_cli.config import ChatConfig
 from longlora_cli.console import Console
 from longlora_cli.data.documents import find_sources, read_documents
-from longlora_cli.data.readers import WHOLE_TEXTS, kind_of
+from longlora_cli.data.readers import kind_of
 from longlora_cli.errors import DataError, Interrupted
 from longlora_cli.generation.budget import Budget, free_bytes
 from longlora_cli.generation.conversation import Conversation, Prompt
 from longlora_cli.generation.sampling import make_sampler
 from longlora_cli.generation.session import Answer, Session, refuse_overflow, stop_ids
+
+# Kinds whose text is meant and not their source.
+_BOOKS = (".txt", ".md", ".epub", ".pdf")
 
 # A shorter prompt is read before a bar could be drawn.
 _BAR_TOKENS = 512
@@ -34,13 +37,13 @@ def checked_question(text: str) -> str:
 def read_texts(path: Path) -> list[tuple[str, str]]:
     """Name and text of a file, or of each document in a folder.
 
-    What no document reader knows is read as plain text, and so are lines of JSON: a person asks about the
-    file.
+    What no document reader knows is read as plain text, and so are JSON, tables and HTML: a person asks
+    about the file.
 
     Raises:
         DataError: Nothing there, or not UTF-8; the byte is told.
     """
-    if path.is_dir() or kind_of(path) in WHOLE_TEXTS or not path.exists():
+    if path.is_dir() or kind_of(path) in _BOOKS or not path.exists():
         documents = read_documents(find_sources([str(path)], split="train"), seed=0)
         return [(Path(d.source).name, _as_text(d.content)) for d in documents]
     raw = path.read_bytes()

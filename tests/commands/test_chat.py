@@ -12,6 +12,7 @@ from pathlib import Path
 import pexpect
 import pytest
 import torch
+from input_files import file_of
 
 from longlora_cli.cli import main
 from longlora_cli.commands import chat as command
@@ -155,6 +156,17 @@ def test_a_file_that_is_not_utf8_is_told_in_one_line_by_its_byte(talkative, tmp_
     error = capsys.readouterr().err
     assert "byte 1000 is not UTF-8" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_raw"), [(".pdf", False), (".epub", False), (".txt", False), (".html", True)]
+)
+def test_a_book_is_read_for_its_text_and_a_page_for_its_source(tmp_path, kind, is_raw):
+    path = tmp_path / f"a{kind}"
+    path.write_bytes(file_of(kind, ["The miller slept."]))
+    [(name, text)] = chat_turns.read_texts(path)
+    assert name == path.name
+    assert text == (path.read_text() if is_raw else "The miller slept.")
 
 
 def test_a_missing_file_is_told(talkative, tmp_path, capsys):

@@ -165,7 +165,10 @@ def test_a_stride_is_the_length_less_the_overlap(
     common = [book, "-m", model, "--max-length", 128]
     overlapping = prepared(capsys, *common, "-o", tmp_path / "a", "--overlap", 28)
     striding = prepared(capsys, *common, "-o", tmp_path / "b", "--stride", 100)
-    assert {**striding, "out": ""} == {**overlapping, "out": ""}
+    timed = {"out", "seconds", "tokens_per_second"}
+    assert {k: v for k, v in striding.items() if k not in timed} == {
+        k: v for k, v in overlapping.items() if k not in timed
+    }
     assert striding["tokens_repeated"] > 0
     files = [(tmp_path / name / "shard-00000.arrow").read_bytes() for name in "ab"]
     assert files[0] == files[1]
