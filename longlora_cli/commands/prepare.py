@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -52,6 +53,8 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     texts = _Texts(keep=bool(chats_wanted))
     with ExitStack() as stack:
         writer = None if dry_run else stack.enter_context(ChunkDataset.writing(config.out, meta))
+        hashes = stack.enter_context(ThreadPoolExecutor(1))  # while texts are read: they take 0.2 s
+        tokenizer_hash = hashes.submit(tokenizer_sha256, tokenizer)
         preparation = Preparation(cutter, writer.folder if writer else None)
         stack.callback(preparation.close)
         with console.progress("Reading, bytes", sum(s.size_bytes for s in sources) or None) as advance:
@@ -67,7 +70,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         summary = _summary(preparation, layout, config, chats_wanted)
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
-            meta["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
+            meta["tokenizer_sha256"] = tokenizer_hash.result()
             meta["template_sha256"] = template_sha256(tokenizer)
             meta["settings"] = config.model_dump(mode="json", exclude_unset=True)
             preparation.write(layout, writer)

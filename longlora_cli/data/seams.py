@@ -63,7 +63,10 @@ class Seams:
         self.prefixes_again = False
         """Whether the tokenizer puts something before each stretch of text between added tokens."""
         self._exact: dict[str, bool] = {}
-        self._model = state["model"]
+        model = state["model"]
+        self._model = (
+            {key: model[key] for key in model if key != "merges"} if model.get("type") == "BPE" else {}
+        )
         self._vocabulary = ""
         self._tokens = [token for token in state["added_tokens"] if not token["special"]]
         self._names = re.compile("|".join(re.escape(t["content"]) for t in self._tokens) or r"(?!)")
@@ -87,7 +90,11 @@ class Seams:
     def cuts(self, text: str, characters: int) -> list[int]:
         """Places to cut, rising: each the first exact one at least so many characters after the one before."""
         places: list[int] = []
-        if len(text) < 2 * characters or self._steps is None or (self.prefixes_again and self._names.search(text)):
+        if (
+            len(text) < 2 * characters
+            or self._steps is None
+            or (self.prefixes_again and self._names.search(text))
+        ):
             return places
         place = characters
         while (found := self._next(text, place)) is not None:
