@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         writer = None if dry_run else stack.enter_context(ChunkDataset.writing(config.out, meta))
         # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
+        hashes = stack.enter_context(ThreadPoolExecutor(1))  # while texts are read: they take 0.2 s
+        tokenizer_hash = hashes.submit(tokenizer_sha256, tokenizer)
         preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
         _read(preparation, mixture, overlap, tokenizer, config, console)
@@ -72,7 +75,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         summary |= {"mixture": mixture.rows(), **overlap.facts()}
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
-            meta["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
+            meta["tokenizer_sha256"] = tokenizer_hash.result()
             meta["template_sha256"] = template_sha256(tokenizer)
             meta["settings"] = config.model_dump(mode="json", exclude_unset=True)
             preparation.write(layout, writer)

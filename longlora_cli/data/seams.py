@@ -63,7 +63,10 @@ class Seams:
         self.prefixes_again = False
         """Whether the tokenizer puts something before each stretch of text between added tokens."""
         self._exact: dict[str, bool] = {}
-        self._model = state["model"]
+        model = state["model"]
+        self._model = (
+            {key: model[key] for key in model if key != "merges"} if model.get("type") == "BPE" else {}
+        )
         self._vocabulary = ""
         self._tokens = [token for token in state["added_tokens"] if not token["special"]]
         self._names = re.compile("|".join(re.escape(t["content"]) for t in self._tokens) or r"(?!)")
@@ -187,10 +190,9 @@ def _normalizer(state: dict[str, Any]) -> Step:
     if kind == "Prepend":  # at the start only, which `inner` leaves out
         return lambda before, after: (False, before, after)
     if kind == "Strip":
+        left, right = state["strip_left"], state["strip_right"]
         return lambda before, after: (
-            None
-            if (state["strip_right"] and before.isspace()) or (state["strip_left"] and after.isspace())
-            else (False, before, after)
+            None if (right and before.isspace()) or (left and after.isspace()) else (False, before, after)
         )
     if kind == "Precompiled":
         alone = json.loads(Tokenizer.from_str(_EMPTY).to_str()) | {"normalizer": state}
@@ -261,23 +263,23 @@ def _splitter(state: dict[str, Any], *, first: bool) -> Step:
 
 
 def _metaspace(state: dict[str, Any], *, first: bool) -> Step:
-    mark, always = state["replacement"], state["prepend_scheme"] == "always"
+    mark, splits, always = state["replacement"], state["split"], state["prepend_scheme"] == "always"
 
     def step(before: str, after: str) -> tuple[bool, str, str] | None:
         before, after = (mark if c == " " else c for c in (before, after))
         if always and not first and after != mark:
             return None
-        return state["split"] and after == mark, before, after
+        return splits and after == mark, before, after
 
     return step
 
 
 def _byte_level(state: dict[str, Any], *, first: bool) -> Step:
     splits = _split(SplitPattern(_GPT2), "Isolated", inverted=False)
-    prefixes = state["add_prefix_space"] and not first
+    prefixes, by_pattern = state["add_prefix_space"] and not first, state.get("use_regex", True)
 
     def step(before: str, after: str) -> tuple[bool, str, str] | None:
-        if (prefixes and after != " ") or not state.get("use_regex", True):
+        if (prefixes and after != " ") or not by_pattern:
             return None
         return splits(before, after)
 
