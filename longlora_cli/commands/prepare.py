@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from longlora_cli.commands.prepare_again import MADE_FROM, made_before, made_from
 from longlora_cli.commands.prepare_inputs import Mixture, Texts, watched
 from longlora_cli.commands.prepare_overlap import OverlapWatch
 from longlora_cli.commands.prepare_show import Samples, show_samples
@@ -31,7 +32,7 @@ from longlora_cli.data.synthetic import make_training_chat
 from longlora_cli.data.tokenizing import tokenize
 from longlora_cli.errors import DataError, SettingsError
 from longlora_cli.models.tokenizer import load_tokenizer, template_sha256, tokenizer_sha256
-from longlora_cli.storage import refuse_existing
+from longlora_cli.storage import is_artifact, refuse_existing
 
 _BAR_WIDTH = 32
 
@@ -48,24 +49,29 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         NotFoundError: No such model or hub dataset.
     """
     started = time.monotonic()
-    refuse_existing(config.out)
+    if not is_artifact(config.out, "dataset"):
+        refuse_existing(config.out)
     chats_wanted = _synthetic_chats(config.synthetic)
     sources = find_sources(config.inputs, split=config.split, stream=config.stream)
+    asked = find_sources(config.overlap_check, split=config.split)
     for name in [file for source in sources for file in source.left_out]:
         console.warn(f"left out {name}: not a kind of document that can be read")
     tokenizer = load_tokenizer(config.model)
     if chats_wanted:
         require_template(tokenizer)
+    if is_artifact(config.out, "dataset"):
+        before = made_before(config.out, made_from(config, [*sources, *asked], tokenizer))
+        return _unchanged(before, config, tokenizer, console, dry_run=dry_run)
     mixture = Mixture(sources, tokenizer, config, console)
     cutter = _cutter(config, tokenizer)
     meta: dict[str, Any] = {}
-    overlap = OverlapWatch.of(config)
+    overlap = OverlapWatch.of(config, asked)
     with ExitStack() as stack:
         writer = None if dry_run else stack.enter_context(ChunkDataset.writing(config.out, meta))
+        hashes = stack.enter_context(ThreadPoolExecutor(1))  # of files and tokenizer, while texts are read
+        origin = hashes.submit(made_from, config, [*sources, *asked], tokenizer)
         # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
-        hashes = stack.enter_context(ThreadPoolExecutor(1))  # while texts are read: they take 0.2 s
-        tokenizer_hash = hashes.submit(tokenizer_sha256, tokenizer)
         preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
         _read(preparation, mixture, overlap, tokenizer, config, console)
@@ -75,9 +81,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         summary |= {"mixture": mixture.rows(), **overlap.facts()}
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
-            meta["tokenizer_sha256"] = tokenizer_hash.result()
-            meta["template_sha256"] = template_sha256(tokenizer)
-            meta["settings"] = config.model_dump(mode="json", exclude_unset=True)
+            meta |= _origin(config, tokenizer, origin.result())
             preparation.write(layout, writer)
             save_lengths(writer.folder / "lengths.png", *writer.documents())
         samples = Samples(sampled_chunks(len(layout), config.show, config.seed))
@@ -90,7 +94,30 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     overlap.show(console)
     if samples.wanted:
         show_samples(samples, len(layout), tokenizer, console)
-    return summary | {"dry_run": dry_run}
+    return summary | {"unchanged": False, "dry_run": dry_run}
+
+
+def _origin(config: PrepareConfig, tokenizer: Any, origin: dict[str, str] | None) -> dict[str, Any]:
+    """What the manifest says of where the data come from."""
+    return {
+        "tokenizer_sha256": origin["tokenizer"] if origin else tokenizer_sha256(tokenizer),
+        "template_sha256": template_sha256(tokenizer),
+        "settings": config.model_dump(mode="json", exclude_unset=True),
+        MADE_FROM: origin,
+    }
+
+
+def _unchanged(
+    before: dict[str, Any], config: PrepareConfig, tokenizer: Any, console: Console, *, dry_run: bool
+) -> dict[str, Any]:
+    """Say that nothing is to be done, and show what was asked for."""
+    console.print(f"{config.out} was made by this command from these files: nothing to do.")
+    data = ChunkDataset.open(config.out)
+    samples = Samples(sampled_chunks(len(data), config.show, config.seed))
+    samples.chunks = [data[index] for index in samples.wanted]
+    if samples.wanted:
+        show_samples(samples, len(data), tokenizer, console)
+    return before | {"out": str(config.out), "unchanged": True, "dry_run": dry_run}
 
 
 def _read(

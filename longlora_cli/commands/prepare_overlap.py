@@ -8,7 +8,7 @@ from typing import Any
 
 from longlora_cli.config import PrepareConfig
 from longlora_cli.console import Console
-from longlora_cli.data.documents import Document, find_sources, read_documents
+from longlora_cli.data.documents import Document, Source, read_documents
 from longlora_cli.data.overlap import RUN_WORDS, OverlapCheck
 from longlora_cli.errors import DataError
 
@@ -30,15 +30,14 @@ class OverlapWatch:
     found: list[tuple[str, int, int]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, config: PrepareConfig) -> OverlapWatch:
-        """Read the evaluation data, if there are any.
+    def of(cls, config: PrepareConfig, sources: list[Source]) -> OverlapWatch:
+        """Read the evaluation data `sources`, if there are any.
 
         Raises:
             DataError: They cannot be read, or hold too little.
         """
-        if not config.overlap_check:
+        if not sources:
             return cls(None, config.on_overlap)
-        sources = find_sources(config.overlap_check, split=config.split)
         documents = read_documents(sources, seed=config.seed)
         return cls(OverlapCheck(t for d in documents for t in _texts(d)), config.on_overlap)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from longlora_cli.data.chat_template import Message
 
@@ -39,6 +40,7 @@ class Source:
         sample: Take this many documents, chosen by the seed; None takes all.
         weight: Its share in a mixture, beside the other sources' weights; None without a mixture.
         left_out: Files of a folder that are of no kind that can be read.
+        files: What it is read from, in order; empty for a hub dataset.
     """
 
     name: str
@@ -47,3 +49,4 @@ class Source:
     sample: int | None = None
     weight: float | None = None
     left_out: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()

@@ -75,7 +75,7 @@ def _find(name: str, split: str, stream: bool) -> Source:
 
 
 def _file(path: Path) -> Source:
-    return Source(str(path), partial(reader_of(path), path), path.stat().st_size)
+    return Source(str(path), partial(reader_of(path), path), path.stat().st_size, files=(path,))
 
 
 def _together(name: str, paths: list[Path]) -> Source:
@@ -92,7 +92,7 @@ def _together(name: str, paths: list[Path]) -> Source:
             yield from source.read()
 
     size_bytes = sum(source.size_bytes for source in sources)
-    return Source(name, read, size_bytes, left_out=tuple(map(str, left_out)))
+    return Source(name, read, size_bytes, left_out=tuple(map(str, left_out)), files=tuple(readable))
 
 
 def _folder(path: Path, split: str) -> Source:
@@ -121,7 +121,8 @@ def _saved_dataset(path: Path, split: str) -> Source:
         if split not in dataset:
             raise DataError(f"{path} has no split {split!r}", hint=f"--split {' or '.join(sorted(dataset))}.")
         dataset = dataset[split]
-    return Source(str(path), partial(read_dataset, str(path), dataset))
+    files = tuple(sorted(file for file in path.rglob("*") if file.is_file()))
+    return Source(str(path), partial(read_dataset, str(path), dataset), files=files)
 
 
 def _hub_dataset(name: str, split: str, stream: bool) -> Source:

@@ -507,3 +507,44 @@ def test_what_to_do_with_overlaps_needs_something_to_compare_with(
 ) -> None:
     assert prepare(book, "-m", model, "-o", tmp_path / "data", "--on-overlap", "drop") == 2
     assert "--overlap-check" in capsys.readouterr().err
+
+
+def test_the_same_command_twice_is_told_and_changes_nothing(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [book, "-m", model, "-o", tmp_path / "data", "--max-length", 128]
+    first = prepared(capsys, *arguments)
+    made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
+    assert prepare(*arguments, "--show", 1) == 0
+    shown = capsys.readouterr().out
+    assert "made by this command from these files: nothing to do" in shown
+    assert "chunk " in shown
+    again = prepared(capsys, *arguments)
+    assert (first["unchanged"], again["unchanged"]) == (False, True)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()} == made
+    told = set(first) - {"seconds", "tokens_per_second", "unchanged"}
+    assert {name: again[name] for name in told} == {name: first[name] for name in told}
+
+
+@pytest.mark.parametrize("change", ["settings", "inputs"])
+def test_data_of_other_settings_or_files_are_not_taken_for_the_commands_own(
+    change: str, book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [book, "-m", model, "-o", tmp_path / "data"]
+    prepared(capsys, *arguments)
+    if change == "inputs":
+        text = book.read_text()
+        book.write_text(text[:-2] + "!" + text[-1:])  # as many bytes
+    assert prepare(*arguments, *(["--min-length", 9] if change == "settings" else [])) == 2
+    assert f"data exists already, made with other {change}" in capsys.readouterr().err
+
+
+def test_damaged_data_of_the_same_command_are_told(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [book, "-m", model, "-o", tmp_path / "data"]
+    prepared(capsys, *arguments)
+    shard = tmp_path / "data" / "shard-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-9] + b"x" * 9)
+    assert prepare(*arguments) == 4
+    assert "shard-00000.arrow differs from its manifest" in capsys.readouterr().err
