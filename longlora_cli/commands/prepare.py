@@ -204,7 +204,7 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
     console.table("", ["Prepared", ""], [row for row in rows if row[1] or row[0] in needed])
     console.print(f"Chunks are {summary['fill']:.1%} full; {trained:.1%} of the tokens are learnt.")
     console.print(
-        f"Cost balance {summary['balance']:.1%}: mean over maximum in groups of {GROUP} chunks, by the sizes of "
+        f"Cost balance {summary['balance']:.1%}: mean over maximum of {GROUP} chunks at a time, by the sizes of "
         f"{summary['cost']['model']}."
     )
     console.print("Pieces by length in tokens:")
