@@ -248,7 +248,7 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
         )
     console.print(f"Chunks are {summary['fill']:.1%} full; {trained:.1%} of the tokens are learnt.")
     console.print(
-        f"Cost balance {summary['balance']:.1%}: mean over maximum in groups of {GROUP} chunks, by the sizes of "
+        f"Cost balance {summary['balance']:.1%}: mean over maximum of {GROUP} chunks at a time, by the sizes of "
         f"{summary['cost']['model']}."
     )
     speed, seconds = summary["tokens_per_second"], summary["seconds"]

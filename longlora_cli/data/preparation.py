@@ -16,7 +16,7 @@ import numpy as np
 from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.data.chunk_cost import ChunkCost, chunk_costs
 from longlora_cli.data.chunking import Counts, Cutter, TokenizedDocument
-from longlora_cli.data.ordering import cost_balance, grouped_order
+from longlora_cli.data.ordering import cost_balance, reading_order
 from longlora_cli.data.packing import pack
 
 
@@ -63,7 +63,7 @@ class Preparation:
         return np.array(self._lengths, dtype=np.int64)
 
     def layout(self, cost: ChunkCost, *, packed: bool, seed: int) -> list[list[int]]:
-        """The pieces of each chunk; chunks in the seed's order, those of similar cost side by side.
+        """The pieces of each chunk; chunks in the seed's order.
 
         Args:
             cost: What pieces cost.
@@ -72,7 +72,7 @@ class Preparation:
         """
         lengths = self.lengths
         chunks = pack(lengths, self.cutter.max_length, cost) if packed else [[i] for i in range(len(lengths))]
-        order = grouped_order(chunk_costs([lengths[chunk] for chunk in chunks], cost), seed)
+        order = reading_order(chunk_costs([lengths[chunk] for chunk in chunks], cost), seed)
         return [chunks[number] for number in order]
 
     def balance(self, layout: list[list[int]], cost: ChunkCost) -> float:

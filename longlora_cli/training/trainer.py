@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from longlora_cli.config import TrainConfig
 from longlora_cli.data.chunk_cost import chunk_costs
-from longlora_cli.data.ordering import GroupedSampler
+from longlora_cli.data.ordering import StepSampler
 from longlora_cli.errors import NumericError
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel
@@ -118,12 +118,14 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         self.saved_step = -1
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
-        """Chunks of similar cost side by side, so that processes do not wait for each other."""
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+        """Random steps; within a step chunks of similar cost side by side, so that processes wait less."""
         data = self.train_dataset if train_dataset is None else train_dataset
         costs = chunk_costs([data.document_lengths(index) for index in range(len(data))], data.cost)
+        args = self.args
+        step_chunks = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.mesh.world
         # At the start of a pass `state.epoch` is its whole number, and a part more when a run goes on within it.
-        return GroupedSampler(costs, self.args.seed, lambda: int((self.state.epoch or 0.0) + 1e-6))
+        return StepSampler(costs, self.args.seed, step_chunks, lambda: int((self.state.epoch or 0.0) + 1e-6))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward, counted; peaks are reset at the first of a step."""

@@ -21,7 +21,7 @@ from longlora_cli.commands import train
 from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.data.ordering import cost_balance, grouped_order
+from longlora_cli.data.ordering import cost_balance, reading_order
 from longlora_cli.errors import DataError, IntegrityError, NumericError, SettingsError
 from longlora_cli.storage import read_json_lines, sha256_of, verify_folder
 from longlora_cli.training import checkpoint
@@ -181,18 +181,18 @@ def test_two_processes_resumed_within_a_later_pass_read_what_was_left_of_it(
     assert adapter_hash(tmp_path / "r") == wanted
 
 
-def test_chunks_of_similar_cost_are_read_side_by_side_in_another_order_each_pass(
+def test_steps_are_random_and_their_chunks_sorted_by_cost(
     command: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, read = ChunkDataset.open(Path(command["data"][0])), []
     get = ChunkDataset.__getitem__
     monkeypatch.setattr(ChunkDataset, "__getitem__", lambda self, n: (read.append(n), get(self, n))[1])
-    run(command, out=tmp_path / "r", epochs=2, seed=3)
+    run(command, out=tmp_path / "r", epochs=2, seed=3, accumulate=4)
     costs = np.array([data.cost.of(data.document_lengths(n)).sum() for n in range(24)])
-    first, second = grouped_order(costs, 3, 0), grouped_order(costs, 3, 1)
+    first, second = reading_order(costs, 3, 0, 4), reading_order(costs, 3, 1, 4)
     assert first != second
     assert read[-48:] == first + second
-    assert cost_balance(costs[first]) > cost_balance(costs[np.random.default_rng(0).permutation(24)])
+    assert cost_balance(costs[first], 2) > cost_balance(costs[reading_order(costs, 3, 0)], 2)
 
 
 def test_accelerate_launches_it(command: dict[str, Any], tmp_path: Path) -> None:
