@@ -63,11 +63,12 @@ def adapter_hash(folder: Path) -> str:
 
 
 def test_training_lowers_the_loss_and_leaves_a_whole_run(command: dict[str, Any], tmp_path: Path) -> None:
-    result = run(command, out=tmp_path / "r", epochs=6, batch_size=4, learning_rate=2e-2)
+    # At 2e-2 the fall was 0.14 to 0.73 by the seed's luck; at 5e-3 in twice the steps it is 1.5 with each of three.
+    result = run(command, out=tmp_path / "r", epochs=12, batch_size=4, learning_rate=5e-3)
     rows = read_json_lines(tmp_path / "r" / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
-    assert result["steps"] == 36
-    assert sum(losses[-6:]) < sum(losses[:6]) - 0.3
+    assert result["steps"] == 72
+    assert sum(losses[-6:]) < sum(losses[:6]) - 1.0
     assert {"tokens_per_second", "tflops", "peak_host_gib", "learning_rate"} <= set(rows[0])
     verify_folder(tmp_path / "r" / "adapter", "adapter")
     assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "finished"
