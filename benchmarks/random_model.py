@@ -85,7 +85,7 @@ def _drawn(meta: nn.Parameter, module: nn.Module, leaf: str, device: torch.devic
     if not quantized:
         return nn.Parameter(values, requires_grad=False)
     return Params4bit(
-        values.cpu() if device.type == "cpu" else values,
+        values,
         requires_grad=False,
         compress_statistics=quantizer.bnb_4bit_use_double_quant,
         quant_type=quantizer.bnb_4bit_quant_type,

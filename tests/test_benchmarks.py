@@ -310,3 +310,27 @@ def test_medians_become_rows_and_ratios(load: Any, tmp_path: Path) -> None:
     ]
     table = [line for line in load("results").page(rows).splitlines() if "| longlora" in line]
     assert table == ["|  | longlora (files) | 100 | 10 | 1 |", "|  | longlora (one file) | 125 | 8 | 1 |"]
+
+
+def test_a_model_built_in_memory_is_quantized_and_computes_as_an_untrained_one(load: Any) -> None:
+    import math
+
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    module = load("random_model")
+    config = module.llama8b_config(2)
+    assert (config.num_hidden_layers, config.hidden_size) == (2, 4096)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = type(config)(**sizes, num_hidden_layers=2, vocab_size=500)
+    quantizer = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    model = module.quantized_in_memory(config, torch.device("cpu"), "sdpa", quantizer)
+    linears = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 14
+    assert all(isinstance(m, Linear4bit) and m.weight.quant_state is not None for m in linears)
+    assert not isinstance(model.lm_head, Linear4bit)
+    ids = torch.randint(0, 500, (1, 64))
+    assert float(model(input_ids=ids, labels=ids).loss) == pytest.approx(math.log(500), rel=0.05)

@@ -12,7 +12,7 @@ from longlora_cli.config import PrepareConfig
 from longlora_cli.data.document import Source
 from longlora_cli.errors import SettingsError
 from longlora_cli.models.tokenizer import template_sha256, tokenizer_sha256
-from longlora_cli.storage import read_manifest, refuse_existing, sha256_of, verify_folder
+from longlora_cli.storage import read_manifest, sha256_of, verify_folder
 
 MADE_FROM = "made_from"
 # These say where the data go and what is printed, not what they are.
@@ -51,17 +51,14 @@ def made_before(out: Path, now: dict[str, str] | None) -> dict[str, Any]:
         IntegrityError: The data there are damaged.
     """
     before = read_manifest(out).meta.get(MADE_FROM)
-    if before is None or now is None:
-        refuse_existing(out)
-        raise AssertionError(f"{out} was there")
-    differing = [name for name in now if now[name] != before.get(name)]
-    if differing:
-        raise SettingsError(
-            f"{out} exists already, made with other {', '.join(differing)}",
-            rule="An artifact is written once and never overwritten.",
-            hint=f"Choose another --out, or remove {out}.",
-        )
-    return dict(verify_folder(out, "dataset").meta)
+    differing = [name for name in now if now[name] != before.get(name)] if now and before else []
+    if now and before and not differing:
+        return dict(verify_folder(out, "dataset").meta)
+    raise SettingsError(
+        f"{out} exists already" + (f", made with other {', '.join(differing)}" if differing else ""),
+        rule="An artifact is written once and never overwritten.",
+        hint=f"Choose another --out, or remove {out}.",
+    )
 
 
 def _sha256(text: str) -> str:
