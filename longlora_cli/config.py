@@ -91,12 +91,18 @@ class PrepareConfig(Section):
     labels: Literal["assistant", "all"] = setting(
         "assistant", "Which tokens of chats are learnt; texts: all."
     )
-    synthetic: Names = setting([], "Retrieval chats to add: needle=COUNT, hidden in the input documents.")
+    synthetic: Names = setting(
+        [],
+        "Chats to add, about lines hidden in the input documents: TASK=COUNT; tasks: needle, multi-key, multi-value, "
+        "multi-query, variables, key-value, topic, multi-hop, ordered-events, count, repeat-paragraph, or all.",
+    )
     synthetic_length: Length | None = setting(
         None, "Longest synthetic chat; lengths vary below it. Default: --max-length.", ge=64
     )
-    synthetic_facts: int = setting(8, "Facts hidden in one synthetic chat.", ge=1, le=64)
-    synthetic_questions: int = setting(4, "Facts asked in one synthetic chat.", ge=1, le=64)
+    synthetic_facts: int = setting(8, "Lines hidden in one synthetic chat.", ge=1, le=64)
+    synthetic_questions: int = setting(
+        4, "Questions in one synthetic chat, at most; one a line or fewer.", ge=1, le=64
+    )
     overlap_check: Names = setting(
         [], "Evaluation data, as INPUTS: documents that share 13 words in a row with them are told."
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,22 +14,21 @@ from longlora_cli.commands.prepare_again import MADE_FROM, made_before, made_fro
 from longlora_cli.commands.prepare_inputs import Mixture, Texts, watched
 from longlora_cli.commands.prepare_overlap import OverlapWatch
 from longlora_cli.commands.prepare_show import Samples, show_samples
+from longlora_cli.commands.prepare_synthetic import synthetic_chats, synthetic_counts
 from longlora_cli.config import PrepareConfig
-from longlora_cli.console import Advance, Console
+from longlora_cli.console import Console
 from longlora_cli.data.boundaries import Boundaries
 from longlora_cli.data.chat_template import require_template
 from longlora_cli.data.chunk_cost import ChunkCost, chunk_cost
 from longlora_cli.data.chunking import Cutter
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.data.documents import Document, find_sources
-from longlora_cli.data.haystack import Haystack
+from longlora_cli.data.documents import find_sources
 from longlora_cli.data.ordering import GROUP
 from longlora_cli.data.plots import save_lengths
 from longlora_cli.data.preparation import Preparation, length_histogram
 from longlora_cli.data.samples import sampled_chunks
-from longlora_cli.data.synthetic import make_training_chat
 from longlora_cli.data.tokenizing import tokenize
-from longlora_cli.errors import DataError, SettingsError
+from longlora_cli.errors import DataError
 from longlora_cli.models.tokenizer import load_tokenizer, template_sha256, tokenizer_sha256
 from longlora_cli.storage import is_artifact, refuse_existing
 
@@ -51,7 +49,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     started = time.monotonic()
     if not is_artifact(config.out, "dataset"):
         refuse_existing(config.out)
-    chats_wanted = _synthetic_chats(config.synthetic)
+    chats_wanted = synthetic_counts(config.synthetic)
     sources = find_sources(config.inputs, split=config.split, stream=config.stream)
     asked = find_sources(config.overlap_check, split=config.split)
     for name in [file for source in sources for file in source.left_out]:
@@ -129,15 +127,15 @@ def _read(
     console: Console,
 ) -> None:
     """Tokenize the inputs and the chats made from them, and cut them."""
-    chats_wanted = _synthetic_chats(config.synthetic)
+    chats_wanted = synthetic_counts(config.synthetic)
     texts = Texts(keep=bool(chats_wanted))
     with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
         documents = watched(mixture.read(overlap.keeps), texts, advance)
         for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels)):
             preparation.add(document)
     if chats_wanted:
-        with console.progress("Retrieval chats", chats_wanted) as advance:
-            chats = _retrieval_chats(texts.haystack(), tokenizer, config, chats_wanted, advance)
+        with console.progress("Synthetic chats", sum(chats_wanted.values())) as advance:
+            chats = synthetic_chats(chats_wanted, texts.haystack(), tokenizer, config, advance)
             for document in tokenize(chats, tokenizer, labels=config.labels):
                 preparation.add(document)
 
@@ -154,42 +152,12 @@ def _cutter(config: PrepareConfig, tokenizer: Any) -> Cutter:
     )
 
 
-def _synthetic_chats(requests: list[str]) -> int:
-    """Retrieval chats asked for by `needle=COUNT`."""
-    count = 0
-    for request in requests:
-        kind, _, number = request.partition("=")
-        if kind != "needle" or not number.isdigit() or not int(number):
-            raise SettingsError(
-                f"--synthetic {request!r} cannot be read", hint="Write --synthetic needle=2000."
-            )
-        count += int(number)
-    return count
-
-
-def _retrieval_chats(
-    haystack: Haystack, tokenizer: Any, config: PrepareConfig, count: int, advance: Advance
-) -> Iterator[Document]:
-    for index in range(count):
-        chat = make_training_chat(
-            haystack,
-            tokenizer,
-            longest=config.synthetic_length or config.max_length,
-            facts=config.synthetic_facts,
-            questions=config.synthetic_questions,
-            seed=config.seed,
-            index=index,
-        )
-        advance(1)
-        yield Document(f"needle:{index}", chat.messages)
-
-
 def _summary(
     preparation: Preparation,
     layout: list[list[int]],
     cost: ChunkCost,
     config: PrepareConfig,
-    synthetic: int,
+    synthetic: dict[str, int],
 ) -> dict[str, Any]:
     lengths = preparation.lengths
     counts = preparation.counts.as_dict()
@@ -203,7 +171,8 @@ def _summary(
     return {
         "out": str(config.out),
         **counts,
-        "synthetic_chats": synthetic,
+        "synthetic_chats": sum(synthetic.values()),
+        "synthetic_tasks": synthetic,
         "chunks": len(layout),
         "tokens": tokens,
         "trained_tokens": preparation.trained_tokens,
@@ -218,10 +187,12 @@ def _summary(
 
 def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
     trained = summary["trained_tokens"] / summary["tokens"]
+    tasks = summary["synthetic_tasks"]
     rows = [
         ("texts", summary["documents"]),
         ("chats", summary["chats"]),
         ("of them synthetic", summary["synthetic_chats"]),
+        *((f"  {task}", count) for task, count in tasks.items() if len(tasks) > 1),
         ("tokens read", summary["tokens_read"]),
         ("tokens cut away", summary["tokens_dropped"]),
         ("tokens repeated by overlap", summary["tokens_repeated"]),

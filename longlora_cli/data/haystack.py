@@ -22,7 +22,10 @@ _LONGEST_SENTENCE = 400
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence, and what joins it to the next: a space, or a blank line at a paragraph's end."""
+    """A sentence, and what joins it to the next: a space, a blank line at a paragraph's end, or nothing.
+
+    Nothing stands between the pieces of a text without spaces.
+    """
 
     text: str
     joint: str
@@ -35,9 +38,9 @@ def split_sentences(text: str, number: int = 0) -> list[Sentence]:
     for paragraph in _BLANK_LINE.split(text):
         words = " ".join(paragraph.split())
         pieces = [piece for sentence in _cut_at_ends(words) for piece in _cut_long(sentence)]
-        for index, piece in enumerate(pieces):
-            joint = "\n\n" if index == len(pieces) - 1 else " "
-            found.append(Sentence(piece, joint, (number, len(found))))
+        for index, (piece, joint) in enumerate(pieces):
+            end = "\n\n" if index == len(pieces) - 1 else joint
+            found.append(Sentence(piece, end, (number, len(found))))
     return found
 
 
@@ -50,17 +53,19 @@ def _cut_at_ends(paragraph: str) -> Iterator[str]:
         yield paragraph[start:]
 
 
-def _cut_long(sentence: str) -> Iterator[str]:
+def _cut_long(sentence: str) -> Iterator[tuple[str, str]]:
+    """Pieces, and what stood between each and the next: Chinese has no spaces, and gets none."""
     while len(sentence) > _LONGEST_SENTENCE:
         space = sentence.rfind(" ", 0, _LONGEST_SENTENCE)
         if space <= 0:
-            yield sentence[:_LONGEST_SENTENCE]
-            sentence = sentence[_LONGEST_SENTENCE:].lstrip()
+            rest = sentence[_LONGEST_SENTENCE:].lstrip()
+            yield sentence[:_LONGEST_SENTENCE], " " if sentence[_LONGEST_SENTENCE] == " " else ""
+            sentence = rest
         else:
-            yield sentence[:space]
+            yield sentence[:space], " "
             sentence = sentence[space + 1 :]
     if sentence:
-        yield sentence
+        yield sentence, " "
 
 
 class Haystack:

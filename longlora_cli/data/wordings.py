@@ -19,11 +19,12 @@ Wording = Literal["train", "eval"]
 _TRIES = 10_000
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """The words of a list that is written as a text."""
     return tuple(text.split())
 
 
-ADJECTIVES = _words(
+ADJECTIVES = words(
     """
     amber ancient arctic bitter blue bold brass bright broken calm clever copper coral crimson crystal
     dark distant dusty eager early empty fierce frozen gentle gilded golden grand green grey hidden
@@ -31,7 +32,7 @@ ADJECTIVES = _words(
     patient plain polar proud purple quiet rapid red rustic silent silver small southern steady
     """
 )
-_NOUNS = _words(
+_NOUNS = words(
     """
     anchor anvil apple arrow badger basket beacon bell bridge candle castle cedar chapel clock compass
     crane drum eagle falcon feather fiddle forest fountain garden glacier hammer harbor hawk heron
@@ -52,7 +53,7 @@ _EVAL_NOUNS = (
     "violin",
     "willow",
 )
-_CITIES = _words(
+_CITIES = words(
     """
     Lisbon Oslo Vienna Dublin Cairo Lima Quito Havana Kyoto Seoul Delhi Tunis Riga Prague Warsaw Geneva
     Naples Seville Porto Bergen Malmo Turin Genoa Basel Bruges Ghent Leiden Krakow Tallinn Vilnius
