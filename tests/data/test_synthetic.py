@@ -48,7 +48,7 @@ def test_chats_fill_their_length_and_never_pass_it(
         for index in range(10):
             chat = make(haystack, tokenizer, length=length, facts=3, index=index)
             assert chat.tokens == len(render_chat(tokenizer, chat.messages).ids)
-            assert 0.95 * length <= chat.tokens <= length
+            assert 0.97 * length <= chat.tokens <= length
 
 
 def test_answers_and_keys_stand_in_the_context_exactly_once(haystack: Haystack, chatml: Any) -> None:
@@ -97,9 +97,7 @@ def test_a_sample_depends_on_seed_and_index_alone(haystack: Haystack, chatml: An
 def test_what_is_trained_on_is_not_what_is_tested_with_the_same_seed(haystack: Haystack, chatml: Any) -> None:
     trained = make_training_chat(haystack, chatml, longest=900, facts=8, questions=2, seed=0, index=0)
     tested = make(haystack, chatml, facts=8, index=0, length=1500)
-    assert not {(fact.key, fact.value) for fact in trained.facts} & {
-        (fact.key, fact.value) for fact in tested.facts
-    }
+    assert not {line.text for line in trained.lines} & {fact.sentence for fact in tested.facts}
 
 
 def test_depths_are_spread_over_the_whole_context(haystack: Haystack, chatml: Any) -> None:
@@ -188,5 +186,5 @@ def test_a_chat_is_the_same_bytes_whatever_makes_it_faster(haystack: Haystack) -
         make_training_chat(haystack, tokenizer, longest=4096, facts=8, questions=4, seed=3, index=n)
         for n in range(8)
     ]
-    content = json.dumps([[chat.messages, chat.tokens, [f.depth for f in chat.facts]] for chat in chats])
+    content = json.dumps([[chat.messages, chat.tokens, chat.depths] for chat in chats])
     assert hashlib.sha256(content.encode()).hexdigest()[:16] == "c8b76a1a83e4cd1d"

@@ -6,11 +6,13 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from longlora_cli.data.synthetic.sheet import Request
+from longlora_cli.data.synthetic.sheet import Form, Request
 from longlora_cli.data.wordings import draw_keys
 from longlora_cli.errors import DataError
 
 _TRIES = 10_000
+# Shorter beginnings, such as `The`, say nothing; what follows them in the line does.
+_SHORTEST_BEGINNING = 8
 
 
 class Fresh:
@@ -52,6 +54,22 @@ class Fresh:
     def things(self, rng: random.Random, count: int) -> list[str]:
         """`count` things such as `amber falcon`."""
         return [self.draw(lambda: draw_keys(rng, 1, "train")[0]) for _ in range(count)]
+
+
+def free_form(request: Request, rng: random.Random, forms: Sequence[Form]) -> Form:
+    """One of the forms whose `line` begins as nothing in the text does: essays turn to topics of their own.
+
+    Raises:
+        DataError: The text has all of these beginnings.
+    """
+    for form in rng.sample(forms, len(forms)):
+        beginning = form["line"].partition("{")[0]
+        if len(beginning) < _SHORTEST_BEGINNING or beginning not in request.context:
+            return form
+    raise DataError(
+        f"the text to hide lines in has {forms[0]['line'].partition('{')[0]!r} and the like already",
+        hint="Leave this task out of --synthetic, or give other texts.",
+    )
 
 
 def group_sizes(rng: random.Random, lines: int, questions: int, *, least: int) -> list[int]:

@@ -8,28 +8,28 @@ from __future__ import annotations
 
 import random
 
-from longlora_cli.data.synthetic.draw import Fresh, in_words
+from longlora_cli.data.synthetic.draw import Fresh, free_form, in_words
 from longlora_cli.data.synthetic.sheet import Form, Line, Request, Sheet, Turn, spread_depths
 
 _LAST_DAY = 999
 _MOST_COMPARED = 4
 FORMS: tuple[Form, ...] = (
     {
-        "line": "Logbook, day {day}: the {thing} was repaired.",
-        "first": "Which of these does the logbook say was repaired first: {any}?",
-        "next": "What was the next repair in the logbook, by its days, after the {thing}?",
-        "order": "In which order were {all} repaired? Earliest first, with commas between them.",
+        "line": "Logbook, day {day}: the {thing} was sighted.",
+        "first": "Which does the logbook say was sighted first: {any}?",
+        "next": "By the days of the logbook, what was sighted next after the {thing}?",
+        "order": "In which order were {all} sighted? Earliest first, with commas between them.",
     },
     {
-        "line": "On day {day} of the voyage the {thing} went overboard.",
-        "first": "Which went overboard first: {any}?",
-        "next": "What went overboard next, by the days of the voyage, after the {thing}?",
-        "order": "In which order did {all} go overboard? Earliest first, with commas between them.",
+        "line": "On day {day} of the voyage we passed the {thing}.",
+        "first": "Which did we pass first on the voyage: {any}?",
+        "next": "By the days of the voyage, what did we pass next after the {thing}?",
+        "order": "In which order did we pass {all}? Earliest first, with commas between them.",
     },
     {
         "line": "The {thing} was sold on market day {day}.",
         "first": "Which was sold first: {any}?",
-        "next": "What was sold on the next market day that is told of after that of the {thing}?",
+        "next": "By the market days, what was sold next after the {thing}?",
         "order": "In which order were {all} sold? Earliest first, with commas between them.",
     },
 )
@@ -38,7 +38,7 @@ FORMS: tuple[Form, ...] = (
 def ordered_events(request: Request) -> Sheet:
     """See the module. At least two lines; no two questions compare the same things."""
     rng = request.rng("structure")
-    form = rng.choice(FORMS)
+    form = free_form(request, rng, FORMS)
     count = max(2, request.facts)
     days = rng.sample(range(1, _LAST_DAY + 1), count)
     depths = spread_depths(rng, count)

@@ -17,6 +17,10 @@ from longlora_cli.data.wordings import ADJECTIVES, words
 _FIRST_NAMES = words("Ada Bruno Carla Dario Edda Fabio Greta Hugo Irma Jonas Kira Lars Mona Nils Olga")
 _LAST_NAMES = words("Abel Brandt Corvin Dahl Ekman Falk Grieg Holm Ibsen Jensen Krog Lund Moen Nord")
 _ROOMS = words("attic barn cellar gallery hall kitchen library pantry porch stable study workshop")
+# What one can carry; the other tasks' things may be glaciers.
+_THINGS = words(
+    "basket bell candle compass drum feather fiddle hammer kettle lantern mirror needle ribbon spade"
+)
 _PLACES = 5
 FORMS: tuple[Form, ...] = (
     {
@@ -151,6 +155,8 @@ def _names(request: Request, world: _World) -> tuple[list[str], list[str], list[
         fresh.draw(lambda: f"{rng.choice(_FIRST_NAMES)} {rng.choice(_LAST_NAMES)}")
         for _ in range(world.people)
     ]
-    things = fresh.things(rng, world.things)
+    things = [
+        fresh.draw(lambda: f"{rng.choice(ADJECTIVES)} {rng.choice(_THINGS)}") for _ in range(world.things)
+    ]
     places = [fresh.draw(lambda: f"{rng.choice(ADJECTIVES)} {rng.choice(_ROOMS)}") for _ in range(_PLACES)]
     return people, things, places

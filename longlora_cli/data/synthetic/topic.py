@@ -6,7 +6,7 @@ first topic of a long conversation; here any may be asked for, also by the one b
 
 from __future__ import annotations
 
-from longlora_cli.data.synthetic.draw import Fresh
+from longlora_cli.data.synthetic.draw import Fresh, free_form
 from longlora_cli.data.synthetic.sheet import Form, Line, Request, Sheet, Turn, spread_depths
 
 _ASPECTS = (
@@ -88,7 +88,7 @@ FORMS: tuple[Form, ...] = (
 def topic(request: Request) -> Sheet:
     """See the module. One line and at most one question a topic."""
     rng = request.rng("structure")
-    form = rng.choice(FORMS)
+    form = free_form(request, rng, FORMS)
     depths = spread_depths(rng, request.facts)
     asked = rng.sample(range(request.facts), request.questions)
     kinds = [rng.choice(("place", "after")) if number else "place" for number in asked]
