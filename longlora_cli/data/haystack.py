@@ -16,6 +16,8 @@ from longlora_cli.data.counting import token_counter
 # A sentence ends at . ! or ? with its closing quotes and brackets, before a space.
 _SENTENCE_END = re.compile(r"[.!?][\"'”’»)\]]*\s+")
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
+# After these a sentence goes on, though it is cut there.
+_TITLE = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St)\.$")
 # Tables and verse without full stops are cut into pieces of at most this many characters, at spaces.
 _LONGEST_SENTENCE = 400
 
@@ -30,6 +32,11 @@ class Sentence:
     text: str
     joint: str
     place: tuple[int, int]  # text and sentence number: the key of its token count
+
+    @property
+    def is_title(self) -> bool:
+        """It ends with a title such as `Mr.`, so that the next one goes on with it."""
+        return _TITLE.search(self.text) is not None
 
 
 def split_sentences(text: str, number: int = 0) -> list[Sentence]:

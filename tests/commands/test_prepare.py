@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from longlora_cli.cli import main
+from longlora_cli.config import PrepareConfig
 from longlora_cli.data.chunk import IGNORE
 from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.data.ordering import cost_balance
+from longlora_cli.data.synthetic import TASKS
 from longlora_cli.models.tokenizer import load_tokenizer
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The miller slept."}]
@@ -377,6 +379,23 @@ def test_a_fault_after_many_good_rows_leaves_nothing(
     assert left_behind(tmp_path / "deep") == []
 
 
+def test_every_synthetic_task_can_be_asked_for_and_shared_out(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [book, "-m", model, "--max-length", 4096, "--synthetic-facts", 2, "--synthetic-questions", 1]
+    out = tmp_path / "data"
+    summary = prepared(capsys, *common, "-o", out, "--synthetic", "all=13,count=2", "--synthetic", "topic=1")
+    wanted = dict.fromkeys(TASKS, 1) | {"needle": 2, "multi-key": 2, "count": 3, "topic": 2}
+    assert summary["synthetic_tasks"] == wanted
+    assert (summary["chats"], summary["synthetic_chats"]) == (16, 16)
+    assert ChunkDataset.open(out).manifests[0].meta["synthetic_tasks"] == wanted
+
+
+def test_help_names_every_synthetic_task() -> None:
+    described = PrepareConfig.model_fields["synthetic"].description or ""
+    assert re.search(r"tasks: (.*), or all\.$", described).group(1).split(", ") == list(TASKS)  # type: ignore[union-attr]
+
+
 def test_nothing_left_to_write_is_an_error(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -386,7 +405,9 @@ def test_nothing_left_to_write_is_an_error(
     assert left_behind(tmp_path, source) == []
 
 
-@pytest.mark.parametrize("request_", ["needle", "needle=0", "needle=x", "hay=3"])
+@pytest.mark.parametrize(
+    "request_", ["needle", "needle=0", "needle=x", "hay=3", "all", "count=-1", "count=²"]
+)
 def test_an_unreadable_synthetic_request_is_refused(
     request_: str, book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

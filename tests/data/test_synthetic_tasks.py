@@ -303,6 +303,13 @@ def test_paragraph_breaks_stay_and_lines_that_stand_apart_stand_between_blank_li
     assert "One went in.\n\nTwo went out." in plain
 
 
+def test_no_line_stands_between_a_title_and_its_name(builtin: Any) -> None:
+    text = " ".join(f"Then Mr. Hill met Mrs. Lake {n} times." for n in range(300))
+    for task, index in itertools.product([task for task in TASKS if task != "needle"], range(5)):
+        chat = make(Haystack([text]), builtin, task, index)
+        assert not re.search(r"\bMrs?\.\s+(?!Hill|Lake)\S", context_of(chat))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_depths_are_uniform(task: str, haystack: Haystack, builtin: Any) -> None:
     depths = [

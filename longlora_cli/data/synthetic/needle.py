@@ -149,4 +149,4 @@ class _Plan:
     def sheet(self, facts: list[Fact]) -> Sheet:
         """The facts as lines, those asked as turns."""
         turns = [Turn(facts[number].question, facts[number].answer, (number,)) for number in self.asked]
-        return Sheet([Line(fact.sentence) for fact in facts], self.depths, turns)
+        return Sheet([Line(fact.sentence) for fact in facts], self.depths, turns, after_titles=True)

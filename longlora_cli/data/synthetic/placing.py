@@ -128,7 +128,7 @@ def _fit(
         if budget < 0:
             break
         filler, filler_ends = _cut(sentences, ends, budget)
-        gaps = [_nearest(filler_ends, depth) for depth in sheet.depths]
+        gaps = _gaps(sheet, filler, filler_ends)
         messages = _messages(sheet, filler, gaps)
         tokens = count_tokens(tokenizer, messages)
         if tokens <= length and (best is None or tokens > best.tokens):
@@ -161,9 +161,18 @@ def _cut(sentences: list[Sentence], ends: list[int], budget: int) -> tuple[list[
     return filler, filler_ends
 
 
-def _nearest(ends: list[int], depth: float) -> int:
-    """The gap between sentences whose place is nearest to this share of the tokens."""
-    place = depth * ends[-1]
+def _gaps(sheet: Sheet, filler: list[Sentence], ends: list[int]) -> list[int]:
+    """The gap between sentences for each line."""
+    if sheet.after_titles:
+        return [_nearest(ends, depth) for depth in sheet.depths]
+    usable = [gap for gap in range(len(ends)) if not (gap and filler[gap - 1].is_title)]
+    places = [ends[gap] for gap in usable]
+    return [usable[_nearest(places, depth, ends[-1])] for depth in sheet.depths]
+
+
+def _nearest(ends: list[int], depth: float, total: int | None = None) -> int:
+    """The gap whose place is nearest to this share of all tokens; the last gap's place says how many they are."""
+    place = depth * (ends[-1] if total is None else total)
     after = min(bisect.bisect_left(ends, place), len(ends) - 1)
     before = max(after - 1, 0)
     return before if place - ends[before] < ends[after] - place else after

@@ -45,11 +45,13 @@ class Sheet:
         lines: What is hidden.
         depths: Where each line goes: the share of the text's tokens before it, 0 to 1.
         turns: What is asked, in order; at least one.
+        after_titles: Lines may stand between `Mr.` and the name, as needles always did.
     """
 
     lines: list[Line]
     depths: list[float]
     turns: list[Turn]
+    after_titles: bool = False
 
 
 @dataclass(frozen=True)
