@@ -55,7 +55,7 @@ def _passage(haystack: Haystack, rng: random.Random) -> str:
     sentences: list[str] = []
     for sentence in haystack.sentences(rng):
         sentences.append(sentence.text)
-        is_enough = sum(map(len, sentences)) >= _CHARACTERS and not sentence.is_title
-        if is_enough or len(sentences) == _SENTENCES:
+        is_enough = sum(map(len, sentences)) >= _CHARACTERS or len(sentences) >= _SENTENCES
+        if (is_enough and not sentence.is_title) or len(sentences) == 2 * _SENTENCES:
             break
     return " ".join(sentences)
