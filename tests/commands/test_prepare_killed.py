@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from longlora_cli.models.tokenizer import BUILTIN
 from longlora_cli.storage import workspace
 
 WORDS = ["river", "mill", "secret", "amber", "falcon", "times", "age", "wisdom", "was", "the", "it", "of"]
@@ -122,7 +124,7 @@ def spread(count: int, seed: int) -> list[float]:
 
 
 def test_killed_at_6_moments_and_run_again_it_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
-    arguments = write_inputs(tmp_path / "in", characters=600_000, chats=300)
+    arguments = write_inputs(tmp_path / "in", characters=400_000, chats=300)
     said = kill_and_run_again(run, tmp_path, arguments, spread(6, seed=1))
     assert any("continuing: " in output for output in said)
 
@@ -211,6 +213,20 @@ def test_tokens_of_other_settings_are_removed_and_it_says_so(
     assert "left for data is removed: it was begun with other settings" in again["output"]
     assert "continuing" not in again["output"]
     run(tmp_path / "other", other)
+    assert content(tmp_path / "killed") == content(tmp_path / "other")
+
+
+def test_tokens_of_another_tokenizer_are_removed_and_it_says_so(
+    run: Run, tmp_path: Path, arguments: list[str], tiny_tokenizer_folder: Path
+) -> None:
+    model = shutil.copytree(tiny_tokenizer_folder, tmp_path / "model")
+    arguments = [*arguments, "--model", str(model)]
+    run(tmp_path / "killed", arguments, event=30)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN / name, model / name)
+    again = run(tmp_path / "killed", arguments)
+    assert "left for data is removed: it was begun with other tokenizer" in again["output"]
+    run(tmp_path / "other", arguments)
     assert content(tmp_path / "killed") == content(tmp_path / "other")
 
 
