@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from longlora_cli.data.boundaries import Boundaries
 from longlora_cli.data.chat_template import require_template
 from longlora_cli.data.chunk_cost import ChunkCost, chunk_cost
 from longlora_cli.data.chunking import Cutter
-from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.data.documents import Document, find_sources
+from longlora_cli.data.dataset import ChunkDataset, ChunkWriter
+from longlora_cli.data.documents import Document, Source, find_sources
 from longlora_cli.data.haystack import Haystack
 from longlora_cli.data.kept_tokens import KeptTokens
 from longlora_cli.data.ordering import GROUP
@@ -56,15 +56,10 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     chats_wanted = _synthetic_chats(config.synthetic)
     sources = find_sources(config.inputs, split=config.split, stream=config.stream)
     asked = find_sources(config.overlap_check, split=config.split)
-    for name in [file for source in sources for file in source.left_out]:
-        console.warn(f"left out {name}: not a kind of document that can be read")
-    tokenizer = load_tokenizer(config.model)
-    if chats_wanted:
-        require_template(tokenizer)
+    _tell_left_out(sources, console)
+    tokenizer = _tokenizer(config.model, has_chats=bool(chats_wanted))
     if is_artifact(config.out, "dataset"):
         before = made_before(config.out, with_content(identity(config, tokenizer), [*sources, *asked]))
-        if not dry_run:
-            remove_workspace(config.out)  # of a process that was killed after its last step but one
         return _unchanged(before, config, tokenizer, console, dry_run=dry_run)
     mixture = Mixture(sources, tokenizer, config, console)
     cutter = _cutter(config, tokenizer)
@@ -74,11 +69,9 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         hashes = stack.enter_context(ThreadPoolExecutor(1))  # of files and tokenizer, while texts are read
         begun = hashes.submit(identity, config, tokenizer)
         key = hashes.submit(lambda: with_dates(begun.result(), [*sources, *asked]))
-        kept, writer = None, None
-        if not dry_run:
-            kept = stack.enter_context(continued(config.out, key, mixture.size_bytes, console))
-            writing = ChunkDataset.writing(config.out, meta, inside=workspace_of(config.out))
-            writer = stack.enter_context(writing)
+        size_bytes = mixture.size_bytes
+        kept = None if dry_run else stack.enter_context(continued(config.out, key, size_bytes, console))
+        writer = None if dry_run else stack.enter_context(_writing(config.out, meta))
         origin = hashes.submit(lambda: with_content(begun.result(), [*sources, *asked]))
         # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
@@ -107,6 +100,23 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     return summary | {"unchanged": False, "dry_run": dry_run}
 
 
+def _tell_left_out(sources: list[Source], console: Console) -> None:
+    for name in [file for source in sources for file in source.left_out]:
+        console.warn(f"left out {name}: not a kind of document that can be read")
+
+
+def _tokenizer(model: str, *, has_chats: bool) -> Any:
+    tokenizer = load_tokenizer(model)
+    if has_chats:
+        require_template(tokenizer)
+    return tokenizer
+
+
+def _writing(out: Path, meta: dict[str, Any]) -> AbstractContextManager[ChunkWriter]:
+    """The output, made where tokens are kept: all that a killed process leaves is in one place."""
+    return ChunkDataset.writing(out, meta, inside=workspace_of(out))
+
+
 def _origin(config: PrepareConfig, begun: dict[str, str], origin: dict[str, str] | None) -> dict[str, Any]:
     """What the manifest says of where the data come from."""
     return {
@@ -121,6 +131,8 @@ def _unchanged(
     before: dict[str, Any], config: PrepareConfig, tokenizer: Any, console: Console, *, dry_run: bool
 ) -> dict[str, Any]:
     """Say that nothing is to be done, and show what was asked for."""
+    if not dry_run:
+        remove_workspace(config.out)  # of a process that was killed after its last step but one
     console.print(f"{config.out} was made by this command from these files: nothing to do.")
     data = ChunkDataset.open(config.out)
     samples = Samples(sampled_chunks(len(data), config.show, config.seed))
