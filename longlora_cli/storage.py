@@ -14,9 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from longlora_cli.errors import IntegrityError, NotFoundError, ResourceError, Se
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_STAGING = ".staging-"
+_STAGING, _WORKSPACE, _LOCK = ".staging-", ".unfinished-", ".lock"
 _READ_BYTES = 1 << 20
 
 
@@ -54,7 +55,9 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def atomic_folder(target: Path, kind: str, meta: dict[str, Any] | None = None) -> Iterator[Path]:
+def atomic_folder(
+    target: Path, kind: str, meta: dict[str, Any] | None = None, *, inside: Path | None = None
+) -> Iterator[Path]:
     """Build a folder that appears complete, with its manifest, or not at all.
 
     The body may fill `meta` while it works: the manifest is written after it. A target that exists is refused before
@@ -64,6 +67,7 @@ def atomic_folder(target: Path, kind: str, meta: dict[str, Any] | None = None) -
         target: The folder to make; its parents are made too.
         kind: Recorded in the manifest and checked by readers.
         meta: Recorded in the manifest; must be JSON.
+        inside: Where the staging folder is made, on the target's file system; by default beside the target.
 
     Yields:
         The staging folder to write into.
@@ -74,7 +78,7 @@ def atomic_folder(target: Path, kind: str, meta: dict[str, Any] | None = None) -
     """
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f"{_STAGING}{target.name}-{os.getpid()}-{time.monotonic_ns()}"
+    staging = (inside or target.parent) / f"{_STAGING}{target.name}-{os.getpid()}-{time.monotonic_ns()}"
     staging.mkdir()
     try:
         yield staging
@@ -229,6 +233,26 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def commit_bytes(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Make one file in one step: written beside, renamed.
+
+    It survives the death of the process. It is not synced, so after a power loss it may hold anything: for content that
+    carries its own checksum. From several threads at once, also under the same name.
+
+    Raises:
+        ResourceError: The disk is full.
+    """
+    staging = path.parent / f"{_STAGING}{path.name}-{os.getpid()}-{threading.get_ident()}"
+    try:
+        with staging.open("wb") as file:
+            file.writelines(parts)
+        staging.rename(path)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise_if_disk_full(error, path)
+        raise
+
+
 def append_json_line(path: Path, row: dict[str, Any], *, sync: bool = False) -> None:
     """Append one JSON object as one line, in a single write; `sync` makes it survive a power loss."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,18 +282,69 @@ def remove_staging(parent: Path) -> None:
     """Delete what crashed writers left in `parent`; call only while holding the folder's lock."""
     if parent.is_dir():
         for path in parent.glob(f"{_STAGING}*"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def workspace_of(target: Path) -> Path:
+    """The hidden folder beside `target` in which unfinished work on it is kept, see `workspace`."""
+    return target.parent / f"{_WORKSPACE}{target.name}"
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def workspace(target: Path) -> Iterator[Path]:
+    """Hold the folder in which finished parts of the work on `target` outlive this process, without half-written ones.
+
+    Yields:
+        The folder. It stays until `remove_workspace`.
+
+    Raises:
+        SettingsError: Another live process holds it.
+    """
+    folder = workspace_of(target)
+    with ExitStack() as stack:
+        while not _lock_for_good(folder, stack):
+            pass
+        remove_staging(folder)
+        yield folder
+
+
+def _lock_for_good(folder: Path, stack: ExitStack) -> bool:
+    """Lock the folder; False if who held it before has removed it, and the lock with it, while the lock was opened."""
+    try:
+        lock = stack.enter_context(folder_lock(folder))
+        return (folder / _LOCK).stat().st_ino == os.fstat(lock).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def remove_workspace(target: Path) -> None:
+    """Remove what `workspace` holds; the lock goes last, so that nobody else begins meanwhile."""
+    folder = workspace_of(target)
+    if not folder.is_dir():
+        return
+    for path in [path for path in folder.iterdir() if path.name != _LOCK]:
+        _remove(path)
+    (folder / _LOCK).unlink(missing_ok=True)
+    with suppress(OSError):  # another process may have made its lock in it just now
+        folder.rmdir()
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[int]:
     """Hold `folder` for this process; the lock ends with the process, however it ends.
+
+    Yields:
+        The descriptor of the lock's file.
 
     Raises:
         SettingsError: Another live process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    with (folder / _LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -277,4 +352,4 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by another longlora process",
                 hint="Wait for it to end, or choose another --out.",
             ) from error
-        yield
+        yield file.fileno()

@@ -6,11 +6,12 @@ import math
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from longlora_cli.commands.prepare_again import MADE_FROM, made_before, made_from
+from longlora_cli.commands.prepare_again import MADE_FROM, identity, made_before, with_content, with_dates
+from longlora_cli.commands.prepare_continue import continued
 from longlora_cli.commands.prepare_inputs import Mixture, Texts, watched
 from longlora_cli.commands.prepare_overlap import OverlapWatch
 from longlora_cli.commands.prepare_show import Samples, show_samples
@@ -21,16 +22,17 @@ from longlora_cli.data.boundaries import Boundaries
 from longlora_cli.data.chat_template import require_template
 from longlora_cli.data.chunk_cost import ChunkCost, chunk_cost
 from longlora_cli.data.chunking import Cutter
-from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.data.documents import find_sources
+from longlora_cli.data.dataset import ChunkDataset, ChunkWriter
+from longlora_cli.data.documents import Source, find_sources
+from longlora_cli.data.kept_tokens import KeptTokens
 from longlora_cli.data.ordering import GROUP
 from longlora_cli.data.plots import save_lengths
 from longlora_cli.data.preparation import Preparation, length_histogram
 from longlora_cli.data.samples import sampled_chunks
 from longlora_cli.data.tokenizing import tokenize
 from longlora_cli.errors import DataError
-from longlora_cli.models.tokenizer import load_tokenizer, template_sha256, tokenizer_sha256
-from longlora_cli.storage import is_artifact, refuse_existing
+from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.storage import is_artifact, refuse_existing, remove_workspace, workspace_of
 
 _BAR_WIDTH = 32
 
@@ -52,34 +54,35 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     chats_wanted = synthetic_counts(config.synthetic)
     sources = find_sources(config.inputs, split=config.split, stream=config.stream)
     asked = find_sources(config.overlap_check, split=config.split)
-    for name in [file for source in sources for file in source.left_out]:
-        console.warn(f"left out {name}: not a kind of document that can be read")
-    tokenizer = load_tokenizer(config.model)
-    if chats_wanted:
-        require_template(tokenizer)
+    _tell_left_out(sources, console)
+    tokenizer = _tokenizer(config.model, has_chats=bool(chats_wanted))
     if is_artifact(config.out, "dataset"):
-        before = made_before(config.out, made_from(config, [*sources, *asked], tokenizer))
+        before = made_before(config.out, with_content(identity(config, tokenizer), [*sources, *asked]))
         return _unchanged(before, config, tokenizer, console, dry_run=dry_run)
     mixture = Mixture(sources, tokenizer, config, console)
     cutter = _cutter(config, tokenizer)
     meta: dict[str, Any] = {}
     overlap = OverlapWatch.of(config, asked)
     with ExitStack() as stack:
-        writer = None if dry_run else stack.enter_context(ChunkDataset.writing(config.out, meta))
         hashes = stack.enter_context(ThreadPoolExecutor(1))  # of files and tokenizer, while texts are read
-        origin = hashes.submit(made_from, config, [*sources, *asked], tokenizer)
+        begun = hashes.submit(identity, config, tokenizer)
+        key = hashes.submit(lambda: with_dates(begun.result(), [*sources, *asked]))
+        size_bytes = mixture.size_bytes
+        kept = None if dry_run else stack.enter_context(continued(config.out, key, size_bytes, console))
+        writer = None if dry_run else stack.enter_context(_writing(config.out, meta))
+        origin = hashes.submit(lambda: with_content(begun.result(), [*sources, *asked]))
         # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
         preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
-        _read(preparation, mixture, overlap, tokenizer, config, console)
+        _read(preparation, mixture, overlap, tokenizer, config, console, kept)
         cost = chunk_cost(config.model)
         layout = preparation.layout(cost, packed=config.pack, seed=config.seed)
         summary = _summary(preparation, layout, cost, config, chats_wanted)
         summary |= {"mixture": mixture.rows(), **overlap.facts()}
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
-            meta |= _origin(config, tokenizer, origin.result())
+            meta |= _origin(config, begun.result(), origin.result())
             preparation.write(layout, writer)
             save_lengths(writer.folder / "lengths.png", *writer.documents())
         samples = Samples(sampled_chunks(len(layout), config.show, config.seed))
@@ -95,11 +98,28 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     return summary | {"unchanged": False, "dry_run": dry_run}
 
 
-def _origin(config: PrepareConfig, tokenizer: Any, origin: dict[str, str] | None) -> dict[str, Any]:
+def _tell_left_out(sources: list[Source], console: Console) -> None:
+    for name in [file for source in sources for file in source.left_out]:
+        console.warn(f"left out {name}: not a kind of document that can be read")
+
+
+def _tokenizer(model: str, *, has_chats: bool) -> Any:
+    tokenizer = load_tokenizer(model)
+    if has_chats:
+        require_template(tokenizer)
+    return tokenizer
+
+
+def _writing(out: Path, meta: dict[str, Any]) -> AbstractContextManager[ChunkWriter]:
+    """The output, made where tokens are kept: all that a killed process leaves is in one place."""
+    return ChunkDataset.writing(out, meta, inside=workspace_of(out))
+
+
+def _origin(config: PrepareConfig, begun: dict[str, str], origin: dict[str, str] | None) -> dict[str, Any]:
     """What the manifest says of where the data come from."""
     return {
-        "tokenizer_sha256": origin["tokenizer"] if origin else tokenizer_sha256(tokenizer),
-        "template_sha256": template_sha256(tokenizer),
+        "tokenizer_sha256": begun["tokenizer"],
+        "template_sha256": begun["chat template"],
         "settings": config.model_dump(mode="json", exclude_unset=True),
         MADE_FROM: origin,
     }
@@ -109,6 +129,8 @@ def _unchanged(
     before: dict[str, Any], config: PrepareConfig, tokenizer: Any, console: Console, *, dry_run: bool
 ) -> dict[str, Any]:
     """Say that nothing is to be done, and show what was asked for."""
+    if not dry_run:
+        remove_workspace(config.out)  # of a process that was killed after its last step but one
     console.print(f"{config.out} was made by this command from these files: nothing to do.")
     data = ChunkDataset.open(config.out)
     samples = Samples(sampled_chunks(len(data), config.show, config.seed))
@@ -125,18 +147,19 @@ def _read(
     tokenizer: Any,
     config: PrepareConfig,
     console: Console,
+    kept: KeptTokens | None,
 ) -> None:
     """Tokenize the inputs and the chats made from them, and cut them."""
     chats_wanted = synthetic_counts(config.synthetic)
     texts = Texts(keep=bool(chats_wanted))
     with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
         documents = watched(mixture.read(overlap.keeps), texts, advance)
-        for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels)):
+        for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels, kept=kept)):
             preparation.add(document)
     if chats_wanted:
         with console.progress("Synthetic chats", sum(chats_wanted.values())) as advance:
             chats = synthetic_chats(chats_wanted, texts.haystack(), tokenizer, config, advance)
-            for document in tokenize(chats, tokenizer, labels=config.labels):
+            for document in tokenize(chats, tokenizer, labels=config.labels, kept=kept):
                 preparation.add(document)
 
 

@@ -19,28 +19,42 @@ MADE_FROM = "made_from"
 _NO_PART = {"out", "show"}
 
 
-def made_from(config: PrepareConfig, sources: list[Source], tokenizer: Any) -> dict[str, str] | None:
-    """What prepared data depend on, for the manifest: settings, version, tokenizer, template, the files' content.
-
-    Args:
-        config: The settings.
-        sources: All that is read, evaluation data of `--overlap-check` included.
-        tokenizer: The tokenizer.
-
-    Returns:
-        A hash or a value by name; None where a source is no file, so that nobody can tell whether it has changed.
-    """
-    files = [path for source in sources for path in source.files]
-    if not all(source.files for source in sources):
-        return None
+def identity(config: PrepareConfig, tokenizer: Any) -> dict[str, str]:
+    """What prepared data depend on beside the inputs, a hash or value by name."""
     settings = config.model_dump(mode="json", exclude=_NO_PART)
     return {
         "version": __version__,
         "settings": _sha256(json.dumps(settings, sort_keys=True)),
         "tokenizer": tokenizer_sha256(tokenizer),
         "chat template": template_sha256(tokenizer),
-        "inputs": _sha256("".join(sha256_of(path) for path in files)),
     }
+
+
+def with_content(identity: dict[str, str], sources: list[Source]) -> dict[str, str] | None:
+    """What prepared data depend on, for the manifest: the `identity` and the files' content.
+
+    Args:
+        identity: From `identity`.
+        sources: All that is read, evaluation data of `--overlap-check` included.
+
+    Returns:
+        None where a source is no file, so that nobody can tell whether it has changed.
+    """
+    if not all(source.files for source in sources):
+        return None
+    files = [path for source in sources for path in source.files]
+    return identity | {"inputs": _sha256("".join(sha256_of(path) for path in files))}
+
+
+def with_dates(identity: dict[str, str], sources: list[Source]) -> dict[str, str]:
+    """The `identity` and the files' names, sizes and times of change: what an interrupted `prepare` began with.
+
+    Nothing rests on the times alone: tokens are found again by the content of their text.
+    """
+    files = [(source.name, path) for source in sources for path in source.files or (None,)]
+    stats = [(name, str(path), path.stat() if path else None) for name, path in files]
+    rows = [[name, path, stat and stat.st_size, stat and stat.st_mtime_ns] for name, path, stat in stats]
+    return identity | {"inputs": _sha256(json.dumps(rows))}
 
 
 def made_before(out: Path, now: dict[str, str] | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -101,8 +102,8 @@ class Cutter:
     learn_overlap: bool = False
     boundaries: Boundaries | None = None
 
-    def cut(self, document: TokenizedDocument, counts: Counts) -> list[tuple[Int32, Int32]]:
-        """The pieces (ids, labels) of one document; `counts` is kept up.
+    def cut(self, document: TokenizedDocument, counts: Counts) -> Iterator[tuple[Int32, Int32]]:
+        """The pieces (ids, labels) of one document, each copied when it is asked for; `counts` is kept up at once.
 
         The first label of every piece is `IGNORE`, and that of the first token after a cut-out middle. Unless
         `learn_overlap`, so are those of the tokens that the piece before it already holds: an overlap is
@@ -129,7 +130,7 @@ class Cutter:
         counts.tokens_repeated += sum(repeated)
         counts.tokens_dropped += tokens - (sum(map(_size, kept)) - sum(repeated))
         masked = [0] * len(kept) if self.learn_overlap else repeated
-        return [_piece(document, spans, shared) for spans, shared in zip(kept, masked, strict=True)]
+        return (_piece(document, spans, shared) for spans, shared in zip(kept, masked, strict=True))
 
     def _pieces(self, document: TokenizedDocument, counts: Counts) -> list[Spans]:
         tokens = len(document.ids)

@@ -140,19 +140,20 @@ class ChunkDataset:
 
     @staticmethod
     @contextmanager
-    def writing(folder: Path, meta: dict[str, Any]) -> Iterator[ChunkWriter]:
+    def writing(folder: Path, meta: dict[str, Any], *, inside: Path | None = None) -> Iterator[ChunkWriter]:
         """Make a prepared folder chunk by chunk; it appears complete at the end, or not at all.
 
         Args:
             folder: The folder to make.
             meta: Facts for its manifest; may be filled while writing. Needs `tokenizer_sha256`,
                 `template_sha256` and `max_length` by the end.
+            inside: Where it is made until then, see `storage.atomic_folder`.
 
         Raises:
             SettingsError: The folder exists.
             ResourceError: The disk is full.
         """
-        with atomic_folder(folder, kind="dataset", meta=meta) as staging:
+        with atomic_folder(folder, kind="dataset", meta=meta, inside=inside) as staging:
             writer = ChunkWriter(staging, meta)
             yield writer
             writer.close()

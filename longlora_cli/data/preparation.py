@@ -6,6 +6,7 @@ tokens need 16 MB of memory and 32 GB of disk, whatever packing does.
 
 from __future__ import annotations
 
+import os
 from array import array
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,6 +19,8 @@ from longlora_cli.data.chunk_cost import ChunkCost, chunk_costs
 from longlora_cli.data.chunking import Counts, Cutter, TokenizedDocument
 from longlora_cli.data.ordering import cost_balance, reading_order
 from longlora_cli.data.packing import pack
+
+_INT_BYTES = 4
 
 
 class TakesChunks(Protocol):
@@ -89,16 +92,16 @@ class Preparation:
         if self._spool is None:
             raise ValueError("nothing was spooled")
         self._spool.flush()
-        tokens = np.memmap(self._spool, dtype=np.int32, mode="r")
+        file = self._spool.fileno()
         lengths = self.lengths
-        starts = 2 * (np.cumsum(lengths) - lengths)  # ids and labels of a piece lie side by side
+        starts = 2 * _INT_BYTES * (np.cumsum(lengths) - lengths)
         for chunk in layout:
-            pieces = [_piece(tokens, int(starts[number]), int(lengths[number])) for number in chunk]
-            writer.add(
-                np.concatenate([ids for ids, _ in pieces]),
-                np.concatenate([labels for _, labels in pieces]),
-                lengths[chunk].astype(np.int32),
-            )
+            ends = np.cumsum(lengths[chunk])
+            ids, labels = np.empty(ends[-1], dtype=np.int32), np.empty(ends[-1], dtype=np.int32)
+            for number, end in zip(chunk, ends, strict=True):
+                place = slice(end - lengths[number], end)
+                _read_whole(file, [ids[place], labels[place]], int(starts[number]))
+            writer.add(ids, labels, lengths[chunk].astype(np.int32))
 
     def close(self) -> None:
         """Remove the temporary file; it has no name on disk, so a killed process leaves none either."""
@@ -106,8 +109,16 @@ class Preparation:
             self._spool.close()
 
 
-def _piece(tokens: Int32, start: int, length: int) -> tuple[Int32, Int32]:
-    return tokens[start : start + length], tokens[start + length : start + 2 * length]
+def _read_whole(file: int, arrays: list[Int32], start: int) -> None:
+    """Fill arrays from a place in a file, one after the other.
+
+    Not by a memory map: the pages that it has touched count as the process's memory, and they are the whole corpus.
+    """
+    if (
+        missing := sum(array.nbytes for array in arrays)
+        - os.preadv(file, [array.data for array in arrays], start)
+    ) > 0:
+        raise OSError(f"{missing} bytes of the temporary file of tokens are missing")
 
 
 def length_histogram(lengths: np.ndarray) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.data.chunking import TokenizedDocument
 from longlora_cli.data.documents import Document
 from longlora_cli.data.encoding import SafeEncoder, safe_encoder
+from longlora_cli.data.kept_tokens import KeptTokens, Tokens
 from longlora_cli.errors import DataError
 
 _Item = TypeVar("_Item")
@@ -32,7 +34,11 @@ _THREADS, _AHEAD = 2, 3
 
 
 def tokenize(
-    documents: Iterable[Document], tokenizer: Any, *, labels: Literal["assistant", "all"]
+    documents: Iterable[Document],
+    tokenizer: Any,
+    *,
+    labels: Literal["assistant", "all"],
+    kept: KeptTokens | None = None,
 ) -> Iterator[TokenizedDocument]:
     """Tokenize documents in order.
 
@@ -44,6 +50,7 @@ def tokenize(
         documents: Texts and chats.
         tokenizer: A fast tokenizer.
         labels: For chats: learn what the assistant says, or everything.
+        kept: Where tokens are kept for a process that continues this one's work, and taken from.
 
     Raises:
         DataError: A chat and no template, or a chat that the template refuses; the message names its source.
@@ -52,12 +59,12 @@ def tokenize(
     begin, end = _frame(encoder, tokenizer)
     pieces: list[Int32] = []
 
-    def finish(group: list[_Work]) -> list[tuple[Int32, Int32 | None]]:
+    def finish(group: list[_Work]) -> list[Tokens]:
         texts = iter(encoder.encode_pieces([(w.piece, w.begins) for w in group if w.piece is not None]))
         chats = iter(_render(tokenizer, [w.document for w in group if w.piece is None]))
         return [next(chats) if w.piece is None else (next(texts), None) for w in group]
 
-    for work, (ids, learnt) in _in_threads(finish, _groups(_works(encoder, documents))):
+    for work, (ids, learnt) in _in_threads(_keeping(finish, kept), _groups(_works(encoder, documents))):
         if work.piece is not None:
             pieces.append(ids)
             if not work.ends:
@@ -84,6 +91,13 @@ class _Work:
             return len(self.piece)
         return sum(len(m["content"]) for m in self.document.content if isinstance(m, dict))
 
+    @property
+    def input_bytes(self) -> int:
+        """Its share of the bytes that the document takes in its file."""
+        if self.piece is None:
+            return self.document.size_bytes
+        return self.document.size_bytes * len(self.piece) // max(len(self.document.content), 1)
+
 
 def _works(encoder: SafeEncoder, documents: Iterable[Document]) -> Iterator[_Work]:
     for document in documents:
@@ -94,6 +108,35 @@ def _works(encoder: SafeEncoder, documents: Iterable[Document]) -> Iterator[_Wor
         bounds = [0, *encoder.seams.cuts(text, _PIECE_CHARACTERS), len(text)]
         for start, stop in pairwise(bounds):
             yield _Work(document, text[start:stop], start == 0, stop == len(text))
+
+
+def _keeping(
+    finish: Callable[[list[_Work]], list[Tokens]], kept: KeptTokens | None
+) -> Callable[[list[_Work]], list[Tokens]]:
+    """`finish`, but for groups whose tokens are kept; those of others are kept when they are made."""
+    if kept is None:
+        return finish
+
+    def work(group: list[_Work]) -> list[Tokens]:
+        name = _name(group)
+        tokens = kept.get(name, len(group))
+        if tokens is None:
+            tokens = finish(group)
+            kept.put(name, tokens, sum(work.input_bytes for work in group))
+        return tokens
+
+    return work
+
+
+def _name(group: list[_Work]) -> bytes:
+    """SHA-256 of all that the tokens of a group are made from, but for the tokenizer and the labels wanted."""
+    digest = hashlib.sha256()
+    for work in group:
+        text = repr(work.document) if work.piece is None else work.piece
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(b"%d %d %d\n" % (work.piece is None, work.begins, len(data)))
+        digest.update(data)
+    return digest.digest()
 
 
 def pieces_of(encoder: SafeEncoder, texts: Iterable[Document]) -> Iterator[str]:

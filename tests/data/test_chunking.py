@@ -33,14 +33,14 @@ def test_pieces_put_together_again_are_the_document(
 ) -> None:
     overlap, min_length = min(overlap, max_length - 1), min(min_length, max_length)
     cutter, counts = Cutter(max_length, 0, overlap, "split"), Counts()
-    pieces = cutter.cut(document(tokens), counts)
+    pieces = list(cutter.cut(document(tokens), counts))
     joined = np.concatenate([ids[overlap if n else 0 :] for n, (ids, _) in enumerate(pieces)])
     assert np.array_equal(joined, document(tokens).ids)
     assert all(len(ids) <= max_length for ids, _ in pieces)
     assert len(pieces) == 1 or len(pieces[-1][0]) > overlap  # no piece holds only what another holds
 
     counts = Counts()
-    kept = Cutter(max_length, min_length, overlap, "split").cut(document(tokens), counts)
+    kept = list(Cutter(max_length, min_length, overlap, "split").cut(document(tokens), counts))
     assert all(len(ids) >= min_length for ids, _ in kept)
     held = sum(len(ids) for ids, _ in kept)
     assert counts.tokens_read == tokens
@@ -49,7 +49,7 @@ def test_pieces_put_together_again_are_the_document(
 
 @given(tokens=st.integers(1, 200), max_length=st.integers(8, 64), overlap=st.integers(0, 63))
 def test_each_token_is_learnt_at_most_once(tokens: int, max_length: int, overlap: int) -> None:
-    pieces = Cutter(max_length, 0, min(overlap, max_length - 1)).cut(document(tokens), Counts())
+    pieces = list(Cutter(max_length, 0, min(overlap, max_length - 1)).cut(document(tokens), Counts()))
     learnt = np.concatenate([labels[labels != IGNORE] for _, labels in pieces])
     assert len(set(learnt.tolist())) == len(learnt)
     assert all(labels[0] == IGNORE for _, labels in pieces)
@@ -57,21 +57,21 @@ def test_each_token_is_learnt_at_most_once(tokens: int, max_length: int, overlap
 
 def test_truncation_keeps_the_beginning_and_counts_the_rest() -> None:
     counts = Counts()
-    [(ids, _)] = Cutter(16, on_long="truncate").cut(document(50), counts)
+    [(ids, _)] = list(Cutter(16, on_long="truncate").cut(document(50), counts))
     assert ids.tolist() == document(50).ids[:16].tolist()
     assert (counts.documents_truncated, counts.tokens_dropped) == (1, 34)
 
 
 def test_dropping_leaves_long_texts_out_and_counts_them() -> None:
     counts = Counts()
-    assert Cutter(16, on_long="drop").cut(document(50), counts) == []
+    assert list(Cutter(16, on_long="drop").cut(document(50), counts)) == []
     assert (counts.documents_dropped, counts.tokens_dropped) == (1, 50)
 
 
 @pytest.mark.parametrize("on_long", ["split", "truncate", "drop"])
 def test_long_chats_are_left_out_whole(on_long: str) -> None:
     counts = Counts()
-    assert Cutter(16, on_long=on_long).cut(document(50, is_chat=True), counts) == []  # type: ignore[arg-type]
+    assert list(Cutter(16, on_long=on_long).cut(document(50, is_chat=True), counts)) == []  # type: ignore[arg-type]
     assert (counts.chats_dropped, counts.documents_split, counts.documents_truncated) == (1, 0, 0)
 
 
@@ -84,15 +84,15 @@ def test_a_long_document_is_an_error_when_asked_for(is_chat: bool) -> None:
 def test_short_documents_and_short_ends_are_counted_apart() -> None:
     counts = Counts()
     cutter = Cutter(16, min_length=10)
-    assert cutter.cut(document(5), counts) == []
-    assert len(cutter.cut(document(35), counts)) == 2
+    assert list(cutter.cut(document(5), counts)) == []
+    assert len(list(cutter.cut(document(35), counts))) == 2
     assert (counts.documents_split, counts.documents_truncated, counts.cuts_at_token) == (1, 0, 2)
     assert (counts.documents_dropped, counts.pieces_dropped, counts.tokens_dropped) == (1, 1, 8)
 
 
 def test_truncation_at_the_left_keeps_the_end() -> None:
     counts = Counts()
-    [(ids, labels)] = Cutter(16, on_long="truncate-left").cut(document(50), counts)
+    [(ids, labels)] = list(Cutter(16, on_long="truncate-left").cut(document(50), counts))
     assert ids.tolist() == document(50).ids[-16:].tolist()
     assert labels.tolist() == [IGNORE, *ids.tolist()[1:]]
     assert (counts.documents_truncated, counts.tokens_dropped) == (1, 34)
@@ -101,7 +101,7 @@ def test_truncation_at_the_left_keeps_the_end() -> None:
 @pytest.mark.parametrize(("most", "head", "tail"), [(16, 8, 8), (15, 8, 7)])
 def test_truncation_in_the_middle_keeps_both_ends(most: int, head: int, tail: int) -> None:
     counts = Counts()
-    [(ids, labels)] = Cutter(most, on_long="truncate-middle").cut(document(50), counts)
+    [(ids, labels)] = list(Cutter(most, on_long="truncate-middle").cut(document(50), counts))
     whole = document(50).ids.tolist()
     assert ids.tolist() == whole[:head] + whole[-tail:]
     assert (counts.documents_truncated, counts.tokens_dropped) == (1, 50 - most)
@@ -110,8 +110,8 @@ def test_truncation_in_the_middle_keeps_both_ends(most: int, head: int, tail: in
 
 
 def test_overlap_is_learnt_in_each_piece_that_holds_it_when_asked_for() -> None:
-    once = Cutter(16, overlap=6).cut(document(36), Counts())
-    again = Cutter(16, overlap=6, learn_overlap=True).cut(document(36), Counts())
+    once = list(Cutter(16, overlap=6).cut(document(36), Counts()))
+    again = list(Cutter(16, overlap=6, learn_overlap=True).cut(document(36), Counts()))
     assert [int((labels != IGNORE).sum()) for _, labels in once] == [15, 10, 10]
     assert [int((labels != IGNORE).sum()) for _, labels in again] == [15, 15, 15]
 
@@ -136,7 +136,7 @@ def test_what_is_read_and_repeated_less_what_is_dropped_is_kept(
 ) -> None:
     overlap, min_length, counts = min(overlap, max_length - 1), min(min_length, max_length), Counts()
     cutter = Cutter(max_length, min_length, overlap, on_long, "token", learn_overlap)
-    kept = cutter.cut(document(tokens, is_chat=is_chat), counts)
+    kept = list(cutter.cut(document(tokens, is_chat=is_chat), counts))
     assert all(min_length <= len(ids) <= max_length for ids, _ in kept)
     assert all(labels[0] == IGNORE for _, labels in kept)
     assert all(((labels == ids) | (labels == IGNORE)).all() for ids, labels in kept)
@@ -180,7 +180,7 @@ def test_pieces_that_end_at_boundaries_put_together_again_are_the_document(
     places = np.arange(len(ids), dtype=np.int32)  # labels that tell where a token stands
     cutter = Cutter(max_length, min_length, overlap, "split", split_at, True, Boundaries(families[family]))
     counts = Counts()
-    pieces = cutter.cut(TokenizedDocument("a", False, ids, places), counts)
+    pieces = list(cutter.cut(TokenizedDocument("a", False, ids, places), counts))
     starts = [int(labels[1]) - 1 if len(labels) > 1 else None for _, labels in pieces]
     assert all(len(piece) <= max_length for piece, _ in pieces)
     assert all(len(piece) >= min_length for piece, _ in pieces)
@@ -209,7 +209,7 @@ def pieces_of(tokenizer: Any, **settings: Any) -> tuple[list[str], Counts]:
     counts = Counts()
     cutter = Cutter(on_long="split", boundaries=Boundaries(tokenizer), **settings)
     ids = encode_texts(tokenizer, [TEXT])[0]
-    pieces = cutter.cut(TokenizedDocument("a", False, ids, ids.copy()), counts)
+    pieces = list(cutter.cut(TokenizedDocument("a", False, ids, ids.copy()), counts))
     return [tokenizer.decode(piece, skip_special_tokens=True) for piece, _ in pieces], counts
 
 
