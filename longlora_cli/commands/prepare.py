@@ -52,7 +52,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     if not is_artifact(config.out, "dataset"):
         refuse_existing(config.out)
     chats_wanted = _synthetic_chats(config.synthetic)
-    sources = find_sources(config.inputs, split=config.split, stream=config.stream)
+    sources = find_sources(config.inputs, split=config.split, stream=config.stream, format=config.rows_format)
     asked = find_sources(config.overlap_check, split=config.split)
     for name in [file for source in sources for file in source.left_out]:
         console.warn(f"left out {name}: not a kind of document that can be read")
@@ -74,11 +74,11 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
         preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
-        _read(preparation, mixture, overlap, tokenizer, config, console)
+        formats = _read(preparation, mixture, overlap, tokenizer, config, console)
         cost = chunk_cost(config.model)
         layout = preparation.layout(cost, packed=config.pack, seed=config.seed)
         summary = _summary(preparation, layout, cost, config, chats_wanted)
-        summary |= {"mixture": mixture.rows(), **overlap.facts()}
+        summary |= {"mixture": mixture.rows(), "formats": formats, **overlap.facts()}
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
             meta |= _origin(config, tokenizer, origin.result())
@@ -127,8 +127,8 @@ def _read(
     tokenizer: Any,
     config: PrepareConfig,
     console: Console,
-) -> None:
-    """Tokenize the inputs and the chats made from them, and cut them."""
+) -> dict[str, int]:
+    """Tokenize the inputs and the chats made from them, and cut them; the number of rows of each format."""
     chats_wanted = _synthetic_chats(config.synthetic)
     texts = Texts(keep=bool(chats_wanted))
     with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
@@ -140,6 +140,7 @@ def _read(
             chats = _retrieval_chats(texts.haystack(), tokenizer, config, chats_wanted, advance)
             for document in tokenize(chats, tokenizer, labels=config.labels):
                 preparation.add(document)
+    return dict(sorted(texts.formats.items()))
 
 
 def _cutter(config: PrepareConfig, tokenizer: Any) -> Cutter:
@@ -222,6 +223,7 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
         ("texts", summary["documents"]),
         ("chats", summary["chats"]),
         ("of them synthetic", summary["synthetic_chats"]),
+        *((f"rows of format {name}", count) for name, count in summary["formats"].items()),
         ("tokens read", summary["tokens_read"]),
         ("tokens cut away", summary["tokens_dropped"]),
         ("tokens repeated by overlap", summary["tokens_repeated"]),

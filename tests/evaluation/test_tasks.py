@@ -158,7 +158,7 @@ def test_rows_give_prompts_and_all_their_references(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ("{oops\n", ":2: not JSON"),
+        ("{oops\n", ":2: column 2: not JSON"),
         ({"input": "q"}, ":2: 'input' without 'outputs'"),
         ({"input": "q", "outputs": []}, ":2: outputs is empty"),
         ({"input": "q", "outputs": ["a", ""]}, ":2: outputs is empty"),
