@@ -290,7 +290,7 @@ class _Turns:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn with tool calls: its first and last slot, and where it starts and stops in the template text around them."""
+    """A turn with tool calls: its first and last slot, and its start and stop in the template text around them."""
 
     first: int
     last: int
