@@ -119,11 +119,16 @@ def unknown_keys(keys: Iterable[str], name: str | None = None) -> str | None:
     if name:
         missing = " and ".join(repr(key) for key in known[0].needs if key not in row)
         return f"a row of the format {name} has {missing}; this one has {has}"
-    half = max(FORMATS, key=lambda form: sum(key in row for key in form.needs) / len(form.needs))
+    # The format that most of its keys speak for, those that it may have too.
+    half = max(FORMATS, key=lambda form: (_share(row, form.needs), sum(key in row for key in form.takes)))
     if not any(key in row for key in half.needs):
         return f"a row has {_KINDS}; this one has {has}"
     there = " and ".join(repr(key) for key in half.needs if key in row)
     return f"{there} without {' and '.join(repr(key) for key in half.needs if key not in row)}"
+
+
+def _share(row: list[str], keys: tuple[str, ...]) -> float:
+    return sum(key in row for key in keys) / len(keys)
 
 
 def _misspelt_option(row: list[str], forms: list[Format]) -> str | None:

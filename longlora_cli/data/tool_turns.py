@@ -81,8 +81,8 @@ def tool_layout(
             be told where the turn of a call begins or ends. Also a control token's name where it cannot be made plain.
     """
     marks = _Marks(encoder)
-    marked = [marks.message(message, number) for number, message in enumerate(messages)]
     marked_tools = [marks.tool(tool) for tool in tools] if tools else None
+    marked = [marks.message(message, number) for number, message in enumerate(messages)]
     _refuse_control_names([marked, marked_tools], encoder)
     rendered = render(messages, tools, prompt)
     skeleton = _cut(render(marked, marked_tools, prompt), marks.slots)
