@@ -106,7 +106,7 @@ def unknown_keys(keys: Iterable[str], name: str | None = None) -> str | None:
     """Why keys (or columns) can be no row's of this format, or of any; None where they can."""
     row = list(keys)
     known = [_BY_NAME[name]] if name else FORMATS
-    fitting = [form for form in known if all(key in row for key in form.needs)]
+    fitting = [form for form in known if _NEEDS[form.name].issubset(row)]
     if fitting:
         return _misspelt_option(row, fitting)
     wanted = keys_of(name)
@@ -133,8 +133,10 @@ def _share(row: list[str], keys: tuple[str, ...]) -> float:
 
 def _misspelt_option(row: list[str], forms: list[Format]) -> str | None:
     """A key that is meant to be one which a format may have."""
+    others = [key[:_LOOKED_AT] for key in row if key not in KEYS]
+    if not others:  # comparing takes as long as all the rest of a short row
+        return None
     for option in {key for form in forms for key in form.takes if key not in row}:
-        others = [key[:_LOOKED_AT] for key in row if key not in KEYS]
         if like := difflib.get_close_matches(option, others, 1, _LIKENESS):
             return f"unknown key {shown(like[0])}; did you mean {option}?"
     return None
@@ -142,7 +144,7 @@ def _misspelt_option(row: list[str], forms: list[Format]) -> str | None:
 
 def _found(row: dict[str, Any]) -> Format:
     """The format whose values are there, else whose keys are."""
-    there = [form for form in FORMATS if all(key in row for key in form.needs)]
+    there = [form for form in FORMATS if _NEEDS[form.name] <= row.keys()]
     full = [form for form in there if all(row[key] is not None for key in form.needs)]
     if len(full) > 1:
         names = [form.name for form in full]
@@ -269,6 +271,7 @@ FORMATS: tuple[Format, ...] = (
 """All formats of rows; adding one means adding a line here and a name to `--format`."""
 
 _BY_NAME = {form.name: form for form in FORMATS}
+_NEEDS = {form.name: frozenset(form.needs) for form in FORMATS}
 KEYS: frozenset[str] = frozenset(key for form in FORMATS for key in (*form.needs, *form.takes))
 """Keys of a row that are read; others (ids, sources, ...) are left alone."""
 _KINDS = ", ".join(" + ".join(form.needs) for form in FORMATS)
