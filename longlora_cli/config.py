@@ -109,6 +109,9 @@ class PrepareConfig(Section):
     on_overlap: Literal["report", "drop", "error"] = setting(
         "report", "What to do with documents that overlap with --overlap-check."
     )
+    format: Literal[
+        "auto", "messages", "sharegpt", "prompt", "outputs", "alpaca", "longbench", "questions", "text"
+    ] = setting("auto", "What rows of JSON, tables and datasets are; auto finds it by their keys.")
     split: str = setting("train", "Split of a hub or saved dataset.")
     stream: bool = setting(False, "Read hub datasets as they are needed, without a copy on disk.")
     show: int = setting(0, "Print so many chunks, learnt tokens set off from masked ones.", ge=0)
@@ -143,6 +146,11 @@ class PrepareConfig(Section):
         if self.synthetic_length is not None and self.synthetic_length > self.max_length:
             raise ValueError("--synthetic-length cannot be above --max-length")
         return self
+
+    @property
+    def rows_format(self) -> str | None:
+        """The format of rows; None where it is to be found."""
+        return None if self.format == "auto" else self.format
 
     @property
     def shared_tokens(self) -> int:

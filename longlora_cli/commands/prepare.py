@@ -52,7 +52,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     if not is_artifact(config.out, "dataset"):
         refuse_existing(config.out)
     chats_wanted = synthetic_counts(config.synthetic)
-    sources = find_sources(config.inputs, split=config.split, stream=config.stream)
+    sources = find_sources(config.inputs, split=config.split, stream=config.stream, format=config.rows_format)
     asked = find_sources(config.overlap_check, split=config.split)
     _tell_left_out(sources, console)
     tokenizer = _tokenizer(config.model, has_chats=bool(chats_wanted))
@@ -75,11 +75,11 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
         preparation = Preparation(cutter, spool)
         stack.callback(preparation.close)
-        _read(preparation, mixture, overlap, tokenizer, config, console, kept)
+        formats = _read(preparation, mixture, overlap, tokenizer, config, console, kept)
         cost = chunk_cost(config.model)
         layout = preparation.layout(cost, packed=config.pack, seed=config.seed)
         summary = _summary(preparation, layout, cost, config, chats_wanted)
-        summary |= {"mixture": mixture.rows(), **overlap.facts()}
+        summary |= {"mixture": mixture.rows(), "formats": formats, **overlap.facts()}
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
             meta |= _origin(config, begun.result(), origin.result())
@@ -148,8 +148,8 @@ def _read(
     config: PrepareConfig,
     console: Console,
     kept: KeptTokens | None,
-) -> None:
-    """Tokenize the inputs and the chats made from them, and cut them."""
+) -> dict[str, int]:
+    """Tokenize the inputs and the chats made from them, and cut them; the number of rows of each format."""
     chats_wanted = synthetic_counts(config.synthetic)
     texts = Texts(keep=bool(chats_wanted))
     with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
@@ -161,6 +161,7 @@ def _read(
             chats = synthetic_chats(chats_wanted, texts.haystack(), tokenizer, config, advance)
             for document in tokenize(chats, tokenizer, labels=config.labels, kept=kept):
                 preparation.add(document)
+    return dict(sorted(texts.formats.items()))
 
 
 def _cutter(config: PrepareConfig, tokenizer: Any) -> Cutter:
@@ -216,6 +217,7 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
         ("chats", summary["chats"]),
         ("of them synthetic", summary["synthetic_chats"]),
         *((f"  {task}", count) for task, count in tasks.items() if len(tasks) > 1),
+        *((f"rows of format {name}", count) for name, count in summary["formats"].items()),
         ("tokens read", summary["tokens_read"]),
         ("tokens cut away", summary["tokens_dropped"]),
         ("tokens repeated by overlap", summary["tokens_repeated"]),

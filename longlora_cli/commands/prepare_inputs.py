@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -85,9 +85,10 @@ class Mixture:
 
 
 class Texts:
-    """The texts read so far, as a haystack for synthetic chats."""
+    """What was read so far: the texts as a haystack for synthetic chats, and how many rows had which format."""
 
     def __init__(self, *, keep: bool) -> None:
+        self.formats: Counter[str] = Counter()
         self._texts: list[str] = []
         self._room = _HAYSTACK_CHARACTERS if keep else 0
 
@@ -114,6 +115,8 @@ class Texts:
 def watched(documents: Iterable[Document], texts: Texts, advance: Advance) -> Iterator[Document]:
     """The documents, each kept in `texts` and told to `advance` as it passes."""
     for document in documents:
+        if document.format is not None:
+            texts.formats[document.format] += 1
         if isinstance(document.content, str):
             texts.add(document.content)
         advance(document.size_bytes)

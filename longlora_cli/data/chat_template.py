@@ -8,6 +8,7 @@ tokens are whose. Special tokens are recognised in the template's text only (`en
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.data.counting import token_counter
 from longlora_cli.data.encoding import SafeEncoder, safe_encoder
+from longlora_cli.data.tool_turns import Tools, has_tools, tool_layout
 from longlora_cli.errors import DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,34 @@ class _Part:
 
 
 def render_chat(
-    tokenizer: Any, messages: list[Message], *, add_generation_prompt: bool = False
+    tokenizer: Any,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Tools | None = None,
 ) -> RenderedChat:
     """Render one chat; see `render_chats`."""
-    ids, labels = render_chats(tokenizer, [messages], add_generation_prompt=add_generation_prompt)[0]
+    [(ids, labels)] = render_chats(
+        tokenizer, [messages], add_generation_prompt=add_generation_prompt, tools=[tools]
+    )
     return RenderedChat(ids.tolist(), labels.tolist())
 
 
-def encode_prompt(tokenizer: Any, messages: list[Message]) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: list[Message], *, tools: Tools | None = None) -> list[int]:
     """Token ids of a chat up to where the assistant's next turn begins.
 
     Raises:
         DataError: See `render_chats`.
     """
-    return render_chat(tokenizer, messages, add_generation_prompt=True).ids
+    return render_chat(tokenizer, messages, add_generation_prompt=True, tools=tools).ids
 
 
 def render_chats(
-    tokenizer: Any, chats: list[list[Message]], *, add_generation_prompt: bool = False
+    tokenizer: Any,
+    chats: list[list[Message]],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[Tools | None] | None = None,
 ) -> list[tuple[Int32, Int32]]:
     """Render chats with the tokenizer's template, encoded by all cores at once.
 
@@ -69,16 +81,20 @@ def render_chats(
         tokenizer: A fast tokenizer with a chat template.
         chats: Messages with `role` and `content`.
         add_generation_prompt: End with the header of the assistant's next turn.
+        tools: What each chat may call; None where none calls anything.
 
     Returns:
         For each chat its ids and labels (`RenderedChat`), int32 `[tokens]`.
 
     Raises:
-        DataError: The tokenizer has no template; the template refuses a chat, leaves out a message, or
+        DataError: The tokenizer has no template; the template refuses a chat, leaves out a message or a tool, or
             changes a content so that it cannot be told from the template's own text.
     """
     encoder = safe_encoder(tokenizer)
-    layouts = [_layout(tokenizer, messages, add_generation_prompt, encoder) for messages in chats]
+    layouts = [
+        _layout(tokenizer, messages, add_generation_prompt, encoder, called)
+        for messages, called in zip(chats, tools or [None] * len(chats), strict=True)
+    ]
     encodings = encoder.encode_with_offsets([_text(parts, encoder) for parts in layouts])
     # Templates without an end token go straight on to the next turn, which BOS opens: that is not for the
     # assistant.
@@ -112,12 +128,14 @@ def _text(parts: list[_Part], encoder: SafeEncoder) -> str:
     return "".join(encoder.secret(p.text) if p.message is None else p.text for p in parts)
 
 
-def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool) -> str:
+def _render(
+    tokenizer: Any, messages: list[Message], add_generation_prompt: bool, tools: Tools | None = None
+) -> str:
     import jinja2
 
     try:
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -126,10 +144,23 @@ def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool
 
 
 def _layout(
-    tokenizer: Any, messages: list[Message], add_generation_prompt: bool, encoder: SafeEncoder
+    tokenizer: Any,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    encoder: SafeEncoder,
+    tools: Tools | None = None,
 ) -> list[_Part]:
     """Split the rendering of `messages` into the template's text and the contents."""
     require_template(tokenizer)
+    if has_tools(messages, tools):
+
+        def render(chat: list[Message], called: Tools | None, prompt: bool) -> str:
+            return _render(tokenizer, chat, prompt, called)
+
+        parts_of_tools = tool_layout(
+            messages, tools, prompt=add_generation_prompt, render=render, encoder=encoder
+        )
+        return [_Part(text, message) for text, message in parts_of_tools]
     rendered = _render(tokenizer, messages, add_generation_prompt)
     skeleton = _skeleton(tokenizer, messages, add_generation_prompt)
     missing = set(range(len(messages))) - {part.message for part in skeleton}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from longlora_cli.data.chat_template import Message
 
@@ -17,11 +18,15 @@ class Document:
         source: Where it comes from: `file`, `file:line` or `dataset:row`.
         content: A text, or the messages of a chat.
         size_bytes: What it took in its file, compressed as it lies there; 0 where that is not known.
+        format: The format of the row that it was; None for a file that is one document, and for what was made.
+        tools: What a chat may call, as its template is told.
     """
 
     source: str
     content: str | list[Message]
     size_bytes: int = 0
+    format: str | None = None
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def is_chat(self) -> bool:
@@ -41,6 +46,7 @@ class Source:
         weight: Its share in a mixture, beside the other sources' weights; None without a mixture.
         left_out: Files of a folder that are of no kind that can be read.
         files: What it is read from, in order; empty for a hub dataset.
+        has_rows: Some of its documents are rows, of one format or another.
     """
 
     name: str
@@ -50,3 +56,4 @@ class Source:
     weight: float | None = None
     left_out: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    has_rows: bool = False

@@ -73,8 +73,13 @@ class SafeEncoder:
 
     def special_at_start(self, text: str) -> int | None:
         """The id of the special token whose usual name trusted text begins with, if it does."""
+        name = self.special_name_at_start(text)
+        return self._special[name] if name else None
+
+    def special_name_at_start(self, text: str) -> str | None:
+        """The usual name of the special token that trusted text begins with, if it does."""
         match = self._names.match(text)
-        return self._special[match[0]] if match else None
+        return match[0] if match else None
 
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """Ids of each text, int32 `[tokens]`, without begin and end tokens; all cores work on it."""

@@ -1,160 +1,277 @@
-"""Rows of JSONL files and datasets: find out what kind a row is, check it, make a text or a chat of it."""
+"""Rows of files and datasets: find out which format a row has, check it, make a text or a chat of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
+from longlora_cli.data.chat_rows import read_chat, read_tools
 from longlora_cli.data.chat_template import Message
 from longlora_cli.data.faults import did_you_mean, shown
+from longlora_cli.data.row_values import RowFault, checked_text, kind_of_value
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-_FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("input", "outputs"), ("text",))
-KEYS = tuple(key for form in _FORMS for key in form)
-"""Keys of a row that are read; others (ids, sources, ...) are left alone."""
-_KINDS = "text, messages, conversations, prompt + completion, input + outputs"
+__all__ = [
+    "FORMATS",
+    "KEYS",
+    "Format",
+    "Row",
+    "RowFault",
+    "checked_text",
+    "keys_of",
+    "read_row",
+    "unknown_keys",
+]
+
+# A key is a misspelt one, and not another, from this likeness on: `txet` for text, but not `one` for context.
+_LIKENESS = 0.7
+_LOOKED_AT = 60  # characters of a key
 
 
-class RowFault(ValueError):
-    """Why a row cannot be used; one line without its place."""
-
-
-def read_row(row: Any) -> str | list[Message]:
-    """The text or chat of one row; a row that holds both is taken as a chat.
+@dataclass(frozen=True)
+class Exchange:
+    """A question and what answers it.
 
     Args:
-        row: A decoded JSON object; keys besides those of its kind (ids, sources, ...) are left alone.
+        asked: Messages up to the answer.
+        answers: Texts that are all right; the first one is learnt.
+    """
 
-    Returns:
-        A text, or messages with the roles system (first only), user and assistant (in turn, the last one).
+    asked: list[Message]
+    answers: list[str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row holds.
+
+    Args:
+        content: A text or the messages of a chat.
+        format: The format's name.
+        tools: What the chat may call.
+        exchanges: Gives what evaluation can ask: of a row with several questions each for itself; nothing of a text.
+            Not made before it is needed, for each question has its context before it.
+    """
+
+    content: str | list[Message]
+    format: str
+    tools: list[dict[str, Any]] | None = None
+    exchanges: Callable[[], list[Exchange]] = list
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of rows.
+
+    Args:
+        name: As `--format` calls it.
+        needs: The keys that a row of it has; they make it known.
+        takes: Keys that it may have.
+        read: Makes the row.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+    read: Callable[[dict[str, Any]], Row]
+
+
+def read_row(row: Any, name: str | None = None) -> Row:
+    """The text or chat of one row.
+
+    Args:
+        row: A decoded JSON object; keys besides those of its format (ids, sources, ...) are left alone.
+        name: Its format; None finds it by the keys. In tables every row has every key, and a null is what a row lacks.
 
     Raises:
-        RowFault: The row is of no known kind, or a part of it is missing, mistyped or out of order.
+        RowFault: The row is of no known format, of two, or a part of it is missing, mistyped or out of order.
     """
     if not isinstance(row, dict):
-        raise RowFault(f"a row is a JSON object, not {_kind(row)}")
-    form = _form(row)
-    if form is None:
-        raise RowFault(unknown_keys(row) or "the row cannot be read")
-    if form[0] in ("messages", "conversations"):
-        return _chat(row[form[0]], form[0])
-    return checked_text(row["text"], "text") if form == ("text",) else _pair(row, *form)
+        raise RowFault(f"a row is a JSON object, not {kind_of_value(row)}")
+    if reason := unknown_keys(row, name):
+        raise RowFault(reason)
+    form = _BY_NAME[name] if name else _found(row)
+    if "tools" not in form.takes and row.get("tools"):
+        raise RowFault(f"the row has tools, for which the format {form.name} has no place; use messages")
+    return form.read(row)
 
 
-def _form(row: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The keys that make the row a document: the first form whose values are there, else whose keys are.
-
-    In tables and datasets every row has every key, and a null is what a row lacks.
-    """
-    there = [form for form in _FORMS if all(key in row for key in form)]
-    full = [form for form in there if all(row[key] is not None for key in form)]
-    some = [form for form in there if any(row[key] is not None for key in form)]
-    return next(iter(full + some + there), None)
+def keys_of(name: str | None) -> frozenset[str]:
+    """The keys that are read of a row of this format, or of any."""
+    return frozenset((*_BY_NAME[name].needs, *_BY_NAME[name].takes)) if name else KEYS
 
 
-def unknown_keys(keys: Iterable[str]) -> str | None:
-    """Why keys (or columns) can be no row's; None where they can."""
+def unknown_keys(keys: Iterable[str], name: str | None = None) -> str | None:
+    """Why keys (or columns) can be no row's of this format, or of any; None where they can."""
     row = list(keys)
-    if any(all(key in row for key in form) for form in _FORMS):
-        return None
+    known = [_BY_NAME[name]] if name else FORMATS
+    fitting = [form for form in known if _NEEDS[form.name].issubset(row)]
+    if fitting:
+        return _misspelt_option(row, fitting)
+    wanted = keys_of(name)
     for key in row:
-        hint = did_you_mean(key, KEYS)
-        if hint and key not in KEYS:
-            return f"unknown key {shown(key)}{hint}"
-    partner = {"prompt": "completion", "completion": "prompt", "input": "outputs", "outputs": "input"}
-    for key, other in partner.items():
-        if key in row:
-            return f"{key!r} without {other!r}"
+        if key not in KEYS and (meant := difflib.get_close_matches(key[:_LOOKED_AT], wanted, 1, _LIKENESS)):
+            return f"unknown key {shown(key)}; did you mean {meant[0]}?"
     if not row:
         return f"the row is empty; a row has {_KINDS}"
-    return f"a row has {_KINDS}; this one has {', '.join(shown(key).strip(chr(39)) for key in row[:8])}"
+    has = ", ".join(shown(key).strip(chr(39)) for key in row[:8])
+    if name:
+        missing = " and ".join(repr(key) for key in known[0].needs if key not in row)
+        return f"a row of the format {name} has {missing}; this one has {has}"
+    # The format that most of its keys speak for, those that it may have too.
+    half = max(FORMATS, key=lambda form: (_share(row, form.needs), sum(key in row for key in form.takes)))
+    if not any(key in row for key in half.needs):
+        return f"a row has {_KINDS}; this one has {has}"
+    there = " and ".join(repr(key) for key in half.needs if key in row)
+    return f"{there} without {' and '.join(repr(key) for key in half.needs if key not in row)}"
 
 
-def checked_text(value: Any, name: str) -> str:
-    """`value`, when it is a text that can be encoded.
+def _share(row: list[str], keys: tuple[str, ...]) -> float:
+    return sum(key in row for key in keys) / len(keys)
 
-    Raises:
-        RowFault: Not a text, empty, or with a NUL character or half of a surrogate pair.
-    """
-    if not isinstance(value, str):
-        raise RowFault(f"{name} is {_kind(value)}, a text is needed")
-    if not value or value.isspace():
+
+def _misspelt_option(row: list[str], forms: list[Format]) -> str | None:
+    """A key that is meant to be one which a format may have."""
+    others = [key[:_LOOKED_AT] for key in row if key not in KEYS]
+    if not others:  # comparing takes as long as all the rest of a short row
+        return None
+    for option in {key for form in forms for key in form.takes if key not in row}:
+        if like := difflib.get_close_matches(option, others, 1, _LIKENESS):
+            return f"unknown key {shown(like[0])}; did you mean {option}?"
+    return None
+
+
+def _found(row: dict[str, Any]) -> Format:
+    """The format whose values are there, else whose keys are."""
+    there = [form for form in FORMATS if _NEEDS[form.name] <= row.keys()]
+    full = [form for form in there if all(row[key] is not None for key in form.needs)]
+    if len(full) > 1:
+        names = [form.name for form in full]
+        raise RowFault(
+            f"the row has the keys of {len(full)} formats: {' and '.join(names)}",
+            hint=f"Say which one prepare shall read, --format {' or --format '.join(names)}, or leave keys out.",
+        )
+    some = [form for form in there if any(row[key] is not None for key in form.needs)]
+    return (full + some + there)[0]
+
+
+def _text(row: dict[str, Any]) -> Row:
+    return Row(checked_text(row["text"], "text"), "text")
+
+
+def _messages(row: dict[str, Any]) -> Row:
+    return _chat(row, "messages", "messages")
+
+
+def _sharegpt(row: dict[str, Any]) -> Row:
+    return _chat(row, "conversations", "sharegpt")
+
+
+def _chat(row: dict[str, Any], key: str, name: str) -> Row:
+    messages, tools = read_chat(row[key], key), read_tools(row.get("tools"))
+    last = messages[-1]
+
+    def exchanges() -> list[Exchange]:
+        return [] if last.get("tool_calls") else [Exchange(messages[:-1], [last["content"]])]
+
+    return Row(messages, name, tools, exchanges)
+
+
+def _completion(row: dict[str, Any]) -> Row:
+    answer = [checked_text(row["completion"], "completion")]
+    return _single(checked_text(row["prompt"], "prompt"), answer, "prompt")
+
+
+def _outputs(row: dict[str, Any]) -> Row:
+    return _single(checked_text(row["input"], "input"), _answers(row["outputs"], "outputs"), "outputs")
+
+
+def _alpaca(row: dict[str, Any]) -> Row:
+    question = checked_text(row["instruction"], "instruction")
+    if row.get("input") is not None:
+        question = _joined(question, checked_text(row["input"], "input", may_be_empty=True))
+    return _single(question, [checked_text(row["output"], "output")], "alpaca")
+
+
+def _longbench(row: dict[str, Any]) -> Row:
+    context = checked_text(row["context"], "context")
+    asked = checked_text(row["input"], "input", may_be_empty=True)
+    return _single(_joined(context, asked), _answers(row["answers"], "answers"), "longbench")
+
+
+def _questions(row: dict[str, Any]) -> Row:
+    """A context and its questions in one chat: the context is read once, in the first turn."""
+    context, questions = checked_text(row["context"], "context"), row["questions"]
+    if not isinstance(questions, list):
+        raise RowFault(f"questions is {kind_of_value(questions)}, a list of questions is needed")
+    if not questions:
+        raise RowFault("questions is empty")
+    pairs = [_question(question, f"question {number}") for number, question in enumerate(questions, start=1)]
+    messages: list[Message] = []
+    for asked, answers in pairs:
+        messages += _turns(asked if messages else _joined(context, asked), answers)
+
+    def exchanges() -> list[Exchange]:
+        return [Exchange([_user(_joined(context, asked))], answers) for asked, answers in pairs]
+
+    return Row(messages, "questions", exchanges=exchanges)
+
+
+def _question(question: Any, name: str) -> tuple[str, list[str]]:
+    keys = ("input", "answers")
+    if not isinstance(question, dict):
+        raise RowFault(f"{name} is {kind_of_value(question)}, an object is needed")
+    for key in question:
+        if key not in keys and (hint := did_you_mean(key, [k for k in keys if k not in question])):
+            raise RowFault(f"{name} has the unknown key {shown(key)}{hint}")
+    for key in keys:
+        if key not in question:
+            raise RowFault(f"{name} has no {key!r}")
+    asked = checked_text(question["input"], f"input of {name}")
+    return asked, _answers(question["answers"], f"answers of {name}")
+
+
+def _answers(value: Any, name: str) -> list[str]:
+    """One answer, or several that are all right."""
+    if not isinstance(value, list):
+        return [checked_text(value, name)]
+    if not value:
         raise RowFault(f"{name} is empty")
-    if "\0" in value:
-        raise RowFault(f"{name} has a NUL character at position {value.index(chr(0))}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        half = f"half a surrogate pair (U+{code:04X})"
-        raise RowFault(f"{name} has {half} at position {error.start}") from error
-    return value
+    return [checked_text(answer, name) for answer in value]
 
 
-def _pair(row: dict[str, Any], question: str, answer: str) -> list[Message]:
-    value = row[answer]
-    if answer == "outputs" and isinstance(value, list):
-        if not value:
-            raise RowFault("outputs is empty")
-        value = value[0]  # the first of several accepted answers is learnt
-    return [
-        {"role": "user", "content": checked_text(row[question], question)},
-        {"role": "assistant", "content": checked_text(value, answer)},
-    ]
+def _single(question: str, answers: list[str], name: str) -> Row:
+    messages = _turns(question, answers)
+    return Row(messages, name, exchanges=lambda: [Exchange(messages[:1], answers)])
 
 
-def _chat(turns: Any, key: str) -> list[Message]:
-    if not isinstance(turns, list):
-        raise RowFault(f"{key} is {_kind(turns)}, a list of messages is needed")
-    if not turns:
-        raise RowFault(f"{key} is empty")
-    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
-    body = messages[1:] if messages[0]["role"] == "system" else messages
-    skipped = len(messages) - len(body)
-    for index, message in enumerate(body):
-        expected = ("user", "assistant")[index % 2]
-        if message["role"] != expected:
-            place, role = index + 1 + skipped, message["role"]
-            raise RowFault(f"message {place} is by {role}, {expected} must speak here")
-    if not body or body[-1]["role"] != "assistant":
-        raise RowFault("the chat does not end with the assistant, so its last turn teaches nothing")
-    return messages
+def _turns(question: str, answers: list[str]) -> list[Message]:
+    return [_user(question), {"role": "assistant", "content": answers[0]}]
 
 
-def _message(turn: Any, number: int) -> Message:
-    if not isinstance(turn, dict):
-        raise RowFault(f"message {number} is {_kind(turn)}, an object is needed")
-    role_key, content_key = ("from", "value") if "from" in turn or "value" in turn else ("role", "content")
-    for key, value in turn.items():
-        # A null key is what datasets writes for a key that only other rows have.
-        if key not in (role_key, content_key) and value is not None:
-            hint = did_you_mean(key, (role_key, content_key))
-            raise RowFault(f"message {number} has the unknown key {shown(key)}{hint}")
-    for key in (role_key, content_key):
-        if key not in turn:
-            raise RowFault(f"message {number} has no {key!r}")
-    role = turn[role_key]
-    if not isinstance(role, str) or role not in _ROLES:
-        hint = did_you_mean(role, _ROLES) if isinstance(role, str) else ""
-        raise RowFault(f"message {number} has the unknown {role_key} {shown(role)}{hint}")
-    return {
-        "role": _ROLES[role],
-        "content": checked_text(turn[content_key], f"{content_key} of message {number}"),
-    }
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, float) and value != value:
-        return "NaN"
-    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+def _joined(first: str, second: str) -> str:
+    return f"{first}\n\n{second}" if second and not second.isspace() else first
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("messages", ("messages",), ("tools",), _messages),
+    Format("sharegpt", ("conversations",), ("tools",), _sharegpt),
+    Format("prompt", ("prompt", "completion"), (), _completion),
+    Format("outputs", ("input", "outputs"), (), _outputs),
+    Format("alpaca", ("instruction", "output"), ("input",), _alpaca),
+    Format("longbench", ("context", "input", "answers"), (), _longbench),
+    Format("questions", ("context", "questions"), (), _questions),
+    Format("text", ("text",), (), _text),
+)
+"""All formats of rows; adding one means adding a line here and a name to `--format`."""
+
+_BY_NAME = {form.name: form for form in FORMATS}
+_NEEDS = {form.name: frozenset(form.needs) for form in FORMATS}
+KEYS: frozenset[str] = frozenset(key for form in FORMATS for key in (*form.needs, *form.takes))
+"""Keys of a row that are read; others (ids, sources, ...) are left alone."""
+_KINDS = ", ".join(" + ".join(form.needs) for form in FORMATS)

@@ -181,14 +181,16 @@ def _render(tokenizer: Any, documents: list[Document]) -> list[tuple[Int32, Int3
         return []
     require_template(tokenizer)
     chats = [document.content for document in documents if isinstance(document.content, list)]
+    tools = [document.tools for document in documents]
     try:
-        return render_chats(tokenizer, chats)
+        return render_chats(tokenizer, chats, tools=tools)
     except DataError:
         for document, chat in zip(documents, chats, strict=True):  # find the one that is meant
             try:
-                render_chats(tokenizer, [chat])
+                render_chats(tokenizer, [chat], tools=[document.tools])
             except DataError as error:
-                raise DataError(f"{document.source}: {error.message}", rule=error.rule) from error
+                place = f"{document.source}: {error.message}"
+                raise DataError(place, rule=error.rule, hint=error.hint) from error
         raise
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from longlora_cli.config import EvalConfig
 from longlora_cli.data.haystack import Haystack
+from longlora_cli.data.readers import kind_of
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.generation import Question
 from longlora_cli.evaluation.scorers import check_metrics
@@ -118,9 +119,7 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
         NotFoundError: The embedded book is needed and not there.
     """
     tasks = set(config.tasks)
-    row_paths = (
-        [path for path in config.data if path.suffix.lower() == ".jsonl"] if "generate" in tasks else []
-    )
+    row_paths = [path for path in config.data if kind_of(path) == ".jsonl"] if "generate" in tasks else []
     text_paths = [path for path in config.data if path not in row_paths]
     questions: list[Question] = []
     if "generate" in tasks:

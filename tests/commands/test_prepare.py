@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tool_templates import TEMPLATES, tool, tool_chat
 
 from longlora_cli.cli import main
 from longlora_cli.config import PrepareConfig
@@ -16,6 +17,7 @@ from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.data.ordering import cost_balance
 from longlora_cli.data.synthetic import TASKS
 from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.storage import read_manifest
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The miller slept."}]
 WORDS = ["river", "mill", "secret", "amber", "falcon", "times", "age", "wisdom", "was", "the", "it", "of"]
@@ -569,3 +571,81 @@ def test_damaged_data_of_the_same_command_are_told(
     shard.write_bytes(shard.read_bytes()[:-9] + b"x" * 9)
     assert prepare(*arguments) == 4
     assert "shard-00000.arrow differs from its manifest" in capsys.readouterr().err
+
+
+# --- formats of rows
+
+
+ALPACA = {"instruction": "Who slept?", "output": "The miller."}
+MEETING = {
+    "id": "m1",
+    "context": "The miller slept.",
+    "questions": [{"input": f"Who {n}?", "answers": [f"He {n}."]} for n in range(3)],
+}
+
+
+def test_the_summary_and_the_manifest_say_how_many_rows_have_which_format(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = rows(tmp_path / "a.jsonl", {"messages": CHAT}, ALPACA, MEETING, ALPACA)
+    out = tmp_path / "data"
+    expected = {"alpaca": 2, "messages": 1, "questions": 1}
+    assert prepared(capsys, book, path, "-m", model, "-o", out)["formats"] == expected
+    assert read_manifest(out).meta["formats"] == expected
+    assert prepare(book, path, "-m", model, "-o", tmp_path / "dry", "--dry-run") == 0
+    output = capsys.readouterr()
+    lines = [line.split() for line in (output.out + output.err).splitlines()]
+    assert ["rows", "of", "format", "alpaca", "│", "2"] in lines
+    assert not any("format" in line and "text" in line for line in lines)
+
+
+def test_questions_about_a_context_are_learnt_in_one_chat(model: str, tmp_path: Path) -> None:
+    path = rows(tmp_path / "a.jsonl", MEETING)
+    assert prepare(path, "-m", model, "-o", tmp_path / "data") == 0
+    [chunk] = ChunkDataset.open(tmp_path / "data")
+    tokenizer = load_tokenizer(model)
+    text = tokenizer.decode(chunk.input_ids)
+    assert text.count("The miller slept.") == 1
+    assert text.index("The miller slept.\n\nWho 0?") < text.index("He 0.") < text.index("Who 1?")
+    learnt = tokenizer.decode(chunk.labels[chunk.labels != IGNORE])
+    assert learnt == "".join(f"He {n}.<|im_end|>" for n in range(3))
+
+
+def test_a_format_that_is_named_is_read(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = rows(tmp_path / "a.jsonl", ALPACA | {"text": "the whole"})
+    assert prepare(path, "-m", model, "-o", tmp_path / "a") == 2
+    error = capsys.readouterr().err
+    assert f"{path}:1: the row has the keys of 2 formats: alpaca and text" in error
+    assert "--format alpaca or --format text" in error
+    for name in ("alpaca", "text"):
+        summary = prepared(capsys, path, "-m", model, "-o", tmp_path / name, "--format", name)
+        assert summary["formats"] == {name: 1}
+        assert summary["chats"] == (name == "alpaca")
+    assert prepare(path, "-m", model, "-o", tmp_path / "b", "--format", "chatml") == 2
+    assert "--format chatml" in capsys.readouterr().err
+    assert left_behind(tmp_path, path, tmp_path / "alpaca", tmp_path / "text") == []
+
+
+def test_chats_with_tools_are_prepared_by_a_template_that_shows_them_and_else_refused(
+    tiny_tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = rows(
+        tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": tool_chat(), "tools": [tool("weather")]}
+    )
+    out = tmp_path / "data"
+    assert prepare(path, "-m", tiny_tokenizer_folder, "-o", out) == 2
+    error = capsys.readouterr().err
+    assert f"{path}:2: the chat template does not show the tool 'weather'" in error
+    assert "nothing of them is left out" in error
+    assert not out.exists()
+    shows = load_tokenizer(str(tiny_tokenizer_folder))
+    shows.chat_template = TEMPLATES["chatml"]
+    shows.save_pretrained(tmp_path / "shows")
+    assert prepare(path, "-m", tmp_path / "shows", "-o", out, "--no-pack") == 0
+    chunk = max(ChunkDataset.open(out), key=len)
+    learnt = shows.decode(chunk.labels[chunk.labels != IGNORE])
+    assert learnt.startswith('<tool_call>\n{"name": "weather", "arguments"')
+    assert learnt.endswith("</tool_call><|im_end|>It rains.<|im_end|>No.<|im_end|>")
+    assert "Tells the weather." in shows.decode(chunk.input_ids)

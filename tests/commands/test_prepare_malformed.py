@@ -107,6 +107,89 @@ BAD_ROWS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 
 
+def asked(**more: Any) -> str:
+    """A context with one question of which something is wrong."""
+    question = {"input": "Who?", "answers": ["The miller."]} | more
+    return json.dumps(
+        {"context": "A river.", "questions": [{k: v for k, v in question.items() if v != "none"}]}
+    )
+
+
+def chat_with(*turns: dict[str, Any], **more: Any) -> str:
+    return json.dumps({"messages": [USER, *turns], **more})
+
+
+def calling(call: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": call}
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "mill", "arguments": {"who": "x"}}}
+BARE = {"name": "mill", "arguments": {}}
+ANSWER = {"role": "tool", "content": "3"}
+DEEP = json.loads('{"a": ' * 100 + "1" + "}" * 100)
+BAD_ROWS |= {
+    "two formats": ('{"text": "a", "prompt": "b", "completion": "c"}', "the keys of 2 formats: prompt and text"),
+    "three formats": (json.dumps({"text": "a", "messages": [USER, ASSISTANT], "conversations": [USER, ASSISTANT]}),
+                      "the keys of 3 formats: messages and sharegpt and text"),
+    "alpaca and outputs": ('{"instruction": "a", "input": "b", "output": "c", "outputs": "d"}', "outputs and alpaca"),
+    "instruction alone": ('{"instruction": "a", "input": "b"}', "'instruction' without 'output'"),
+    "output alone": ('{"output": "a"}', "'output' without 'instruction'"),
+    "misspelt instruction": ('{"instrcution": "a", "output": "b"}', "did you mean instruction?"),
+    "misspelt input": ('{"instruction": "a", "imput": "b", "output": "c"}', "unknown key 'imput'; did you mean input?"),
+    "null instruction": ('{"instruction": null, "output": "c"}', "instruction is null"),
+    "empty output": ('{"instruction": "a", "output": " "}', "output is empty"),
+    "input a list": ('{"instruction": "a", "input": ["b"], "output": "c"}', "input is a list"),
+    "no context": ('{"input": "a", "answers": ["b"]}', "'input' and 'answers' without 'context'"),
+    "no answers": ('{"context": "a", "input": "b"}', "'context' and 'input' without 'answers'"),
+    "context alone": ('{"context": "a"}', "'context' without 'questions'"),
+    "null context": ('{"context": null, "input": "a", "answers": "b"}', "context is null"),
+    "empty answers": ('{"context": "a", "input": "", "answers": []}', "answers is empty"),
+    "null answer": ('{"context": "a", "input": "", "answers": ["b", null]}', "answers is null"),
+    "answers an object": ('{"context": "a", "input": "", "answers": {"b": 1}}', "answers is an object"),
+    "null input": ('{"context": "a", "input": null, "answers": "b"}', "input is null"),
+    "no questions": ('{"context": "a", "questions": []}', "questions is empty"),
+    "null questions": ('{"context": "a", "questions": null}', "questions is null"),
+    "questions a text": ('{"context": "a", "questions": "b"}', "questions is a text"),
+    "question a text": ('{"context": "a", "questions": ["b"]}', "question 1 is a text"),
+    "question without answers": (asked(answers="none"), "question 1 has no 'answers'"),
+    "misspelt question": (asked(answers="none", answres="a"), "unknown key 'answres'; did you mean answers?"),
+    "empty question": (asked(input=""), "input of question 1 is empty"),
+    "null answers of a question": (asked(answers=None), "answers of question 1 is null"),
+    "no answers of a question": (asked(answers=[]), "answers of question 1 is empty"),
+    "tool first": (chat_with(ANSWER), "message 2 is by tool, assistant must speak here"),
+    "tool after an answer": (chat_with(ASSISTANT, ANSWER), "message 3 is by tool, user must speak here"),
+    "user after a call": (chat_with(calling([CALL]), USER), "message 3 is by user, tool must speak here"),
+    "assistant after a call": (chat_with(calling([CALL]), ASSISTANT), "message 3 is by assistant, tool must"),
+    "one answer too many": (chat_with(calling([CALL]), ANSWER, ANSWER), "message 4 is by tool, assistant must"),
+    "ends with a tool": (chat_with(calling([CALL]), ANSWER), "the chat does not end with the assistant"),
+    "another id": (chat_with(calling([CALL]), ANSWER | {"tool_call_id": "c2"}), "answers the tool call 'c2'"),
+    "call by the user": (json.dumps({"messages": [USER | {"tool_calls": [CALL]}]}), "which only the assistant has"),
+    "id of the assistant": (chat_with(ASSISTANT | {"tool_call_id": "c1"}), "which only a tool has"),
+    "calls an object": (chat_with(calling(CALL)), "tool_calls of message 2 is an object"),
+    "call a text": (chat_with(calling(["mill"])), "tool call 1 of message 2 is a text"),
+    "call without a name": (chat_with(calling([{"arguments": {}}])), "tool call 1 of message 2 has no 'name'"),
+    "call without arguments": (chat_with(calling([BARE, {"name": "mill"}])), "tool call 2 of message 2 has no 'arg"),
+    "misspelt arguments": (chat_with(calling([{"name": "mill", "argumnets": {}}])), "did you mean arguments?"),
+    "arguments a list": (chat_with(calling([BARE | {"arguments": [1]}])), "is a list, an object is needed"),
+    "arguments no JSON": (chat_with(calling([BARE | {"arguments": "{'a': 1}"}])), "column 2: not JSON"),
+    "arguments with NaN": (chat_with(calling([BARE | {"arguments": '{"a": NaN}'}])), "NaN is no JSON value"),
+    "arguments deep": (chat_with(calling([BARE | {"arguments": DEEP}])), "nested deeper than 64 levels"),
+    "half in arguments": (chat_with(calling([BARE | {"arguments": {"a": "\ud83d"}}])), "half a surrogate pair"),
+    "NUL in a key": (chat_with(calling([BARE | {"arguments": {"a\0": 1}}])), "a key of arguments"),
+    "type of a call": (chat_with(calling([CALL | {"type": "code"}])), "only 'function' is known"),
+    "tools a number": (chat_with(ASSISTANT, tools=3), "tools is a number, a list of tools is needed"),
+    "tools no JSON": (chat_with(ASSISTANT, tools="mill"), "tools: column 1: not JSON"),
+    "tool a text": (chat_with(ASSISTANT, tools=["mill"]), "tool 1 is a text"),
+    "tool without a name": (chat_with(ASSISTANT, tools=[{"nmae": "mill"}]), "tool 1 has no 'name'; did you mean name?"),
+    "misspelt tools": (chat_with(ASSISTANT, toools=[{"name": "mill"}]), "unknown key 'toools'; did you mean tools?"),
+    "tools of a pair": ('{"prompt": "a", "completion": "b", "tools": [{"name": "c"}]}', "prompt has no place"),
+    "tools not shown": (chat_with(ASSISTANT, tools=[{"name": "mill"}]), "does not show the tool 'mill'"),
+    "call not shown": (chat_with(calling([CALL])), "does not show the call of 'mill' in message 2"),
+    "call of no JSON": ('{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]}',
+                        "value of message 2: column 1: not JSON"),
+}  # fmt: skip
+
+
 def rows_with(rng: random.Random, kind: str, bad: str) -> tuple[bytes, int]:
     """Rows with a bad one among them, and its line."""
     rows = [

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
+import lzma
 import math
 from itertools import pairwise
 
 import pytest
+from tool_templates import TEMPLATES, tool, tool_chat
 from transformers import AutoTokenizer
 
 from longlora_cli.data.haystack import Haystack
@@ -155,10 +158,60 @@ def test_rows_give_prompts_and_all_their_references(tmp_path, tokenizer):
     assert len(read_rows(path, max_samples=2)) == 2
 
 
+def test_each_of_several_questions_is_asked_alone(tmp_path, tokenizer):
+    questions = [{"input": f"q{n}", "answers": [f"a{n}", "x"]} for n in (1, 2, 3)]
+    path = write(
+        tmp_path / "rows.jsonl",
+        {"context": "Once.", "questions": questions},
+        {"context": "Twice.", "input": "", "answers": "b"},
+        {"instruction": "i", "input": "j", "output": "c", "text": "all of it"},
+    )
+    asked = read_questions(path, tokenizer)
+    assert [q.facts["row"] for q in asked] == [f"rows.jsonl:{n}" for n in ("1.1", "1.2", "1.3", 2, 3)]
+    assert [q.references for q in asked] == [["a1", "x"], ["a2", "x"], ["a3", "x"], ["b"], ["c"]]
+    assert "Once.\n\nq2<|im_end|>" in tokenizer.decode(asked[1].prompt)
+    assert not any(word in tokenizer.decode(asked[1].prompt) for word in ("q1", "a1", "q3"))
+    assert "Twice.<|im_end|>" in tokenizer.decode(asked[3].prompt)
+    assert "i\n\nj<|im_end|>" in tokenizer.decode(asked[4].prompt)
+    assert [row.place for row in read_rows(path, max_samples=2)] == ["1.1", "1.2"]
+
+
+def test_rows_may_be_compressed(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"input": "q", "outputs": "a"})
+    packed = tmp_path / "rows.jsonl.xz"
+    packed.write_bytes(lzma.compress(path.read_bytes()))
+    assert read_rows(packed) == read_rows(path)
+
+
+def test_rows_with_tools_are_asked_with_them_or_refused(tmp_path, tokenizer):
+    row = {"messages": tool_chat(), "tools": [tool("weather")]}
+    path = write(tmp_path / "rows.jsonl", row)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template does not show the tool 'weather'"):
+        read_questions(path, tokenizer)
+    shows = copy.deepcopy(tokenizer)
+    shows.chat_template = TEMPLATES["chatml"]
+    [question] = read_questions(path, shows)
+    assert question.references == ["No."]
+    text = shows.decode(question.prompt)
+    assert '<tool_call>\n{"name": "weather"' in text
+    assert "Tells the weather." in text
+    shows.chat_template = None
+    with pytest.raises(DataError, match="without a chat template tools cannot be shown"):
+        read_questions(path, shows)
+
+
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ("{oops\n", ":2: not JSON"),
+        ('{"input": "q", "input": "q", "outputs": "a"}\n', ":2: the key 'input' is there twice"),
+        ('{"input": "q", "outputs": "a", "score": NaN}\n', ":2: NaN is no JSON value"),
+        ('{"input": "q\\u0000", "outputs": "a"}\n', ":2: input has a NUL character"),
+        (
+            {"prompt": "q", "completion": "a", "input": "q", "outputs": "a"},
+            ":2: the row has the keys of 2 formats",
+        ),
+        ({"messages": tool_chat()[:2]}, ":2: the last turn calls a tool"),
+        ("{oops\n", ":2: column 2: not JSON"),
         ({"input": "q"}, ":2: 'input' without 'outputs'"),
         ({"input": "q", "outputs": []}, ":2: outputs is empty"),
         ({"input": "q", "outputs": ["a", ""]}, ":2: outputs is empty"),

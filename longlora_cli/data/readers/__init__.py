@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from longlora_cli.data.document import Document
@@ -17,7 +18,7 @@ from longlora_cli.errors import DataError
 
 Reader = Callable[[Path], Iterator[Document]]
 
-READERS: dict[str, Reader] = {
+READERS: dict[str, Callable[..., Iterator[Document]]] = {
     ".txt": read_text,
     ".md": read_text,
     ".jsonl": read_json_lines,
@@ -30,7 +31,7 @@ READERS: dict[str, Reader] = {
     ".epub": read_epub,
     ".pdf": read_pdf,
 }
-"""The readers by a file's suffix."""
+"""The readers by a file's suffix; those of rows take the rows' `format`, too."""
 
 WHOLE_TEXTS = (".txt", ".md", ".html", ".htm", ".epub", ".pdf")
 """Kinds of which a file is one text."""
@@ -49,8 +50,18 @@ def kind_of(path: Path) -> str | None:
     return suffix if suffix in READERS else None
 
 
-def reader_of(path: Path) -> Reader:
+def has_rows(path: Path) -> bool:
+    """Whether a file is of a kind whose documents are rows."""
+    kind = kind_of(path)
+    return kind is not None and kind not in WHOLE_TEXTS
+
+
+def reader_of(path: Path, *, format: str | None = None) -> Reader:
     """The reader of a file.
+
+    Args:
+        path: The file.
+        format: What its rows are, if it has rows; None finds it.
 
     Raises:
         DataError: A kind without a reader, or one whose parser is not installed.
@@ -68,4 +79,4 @@ def reader_of(path: Path) -> Reader:
             f"{path}: {kind} files are read with {parser}, which is not installed",
             hint="pip install 'longlora-cli[documents]'",
         )
-    return READERS[kind]
+    return partial(READERS[kind], format=format) if has_rows(path) else READERS[kind]

@@ -8,7 +8,6 @@ memory of a row, a fault has its line, and both kinds of file follow the same ru
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,85 +21,37 @@ from longlora_cli.data.readers.opening import (
     not_utf8,
     note_other_encoding,
 )
-from longlora_cli.data.rows import RowFault, read_row
+from longlora_cli.data.readers.row_loop import NumberedRow, documents_of
+from longlora_cli.data.row_values import RowFault
+from longlora_cli.data.strict_json import Decoder, end_of_space, parse_json
 
-_SPACE = re.compile(r"[ \t\n\r]*")
 # An error this near to the end of what was read may only mean that more must be read: 16 characters are longer
 # than any literal or escape (\ud83d\ude00 has 12).
 _CUT_CHARACTERS = 16
 
 
-class _Decoder:
-    """Standard JSON; what `json` lets pass although it loses or makes up data is refused."""
-
-    def __init__(self) -> None:
-        self._noted: list[str] = []
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
-
-    def value(self, text: str, start: int = 0) -> tuple[Any, int]:
-        """The value that begins at `start`, and where it ends.
-
-        Raises:
-            json.JSONDecodeError: Not JSON, or cut off.
-            RowFault: What cannot be read, though it may be JSON.
-        """
-        self._noted.clear()
-        try:
-            return self._decoder.raw_decode(text, start)
-        except json.JSONDecodeError:
-            raise
-        except RecursionError as error:
-            raise RowFault("not JSON that can be read: nested too deeply") from error
-        except ValueError as error:  # a number of thousands of digits
-            raise RowFault(f"not JSON that can be read: {error}") from error
-
-    def raise_if_noted(self) -> None:
-        """Raise what was wrong with the last value although it could be decoded.
-
-        Raises:
-            RowFault: A key that is there twice, NaN or an infinite number.
-        """
-        if self._noted:
-            raise RowFault(self._noted[0])
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-            self._noted.append(f"the key {shown(twice)} is there twice in one object")
-        return row
-
-    def _constant(self, name: str) -> None:
-        self._noted.append(f"{name} is no JSON value; a missing value is null")
-
-
-def parse_json(text: str) -> Any:
-    """The value of a text that holds one, as strict as a prepared row must be.
-
-    Raises:
-        RowFault: Not JSON (with the column), nested too deeply, a key twice, NaN or an infinite number.
-    """
-    decoder = _Decoder()
-    try:
-        value, end = decoder.value(text, _end_of_space(text, 0))
-        end = _end_of_space(text, end)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
-    except json.JSONDecodeError as error:
-        raise RowFault(f"column {error.colno}: not JSON: {error.msg.removesuffix(' at')}") from error
-    decoder.raise_if_noted()
-    return value
-
-
-def read_json_lines(path: Path) -> Iterator[Document]:
+def read_json_lines(path: Path, *, format: str | None = None) -> Iterator[Document]:
     """One document per line; blank lines are passed over.
+
+    Args:
+        path: The file.
+        format: What the rows are; None finds it.
 
     Raises:
         DataError: The first 20 lines that cannot be used.
     """
     faults = Faults(str(path))
-    documents = start = number = 0
+    yield from documents_of(json_lines(path, faults), faults, format, empty="the file is empty")
+
+
+def json_lines(path: Path, faults: Faults) -> Iterator[NumberedRow]:
+    """The values of the lines that are not blank, compressed files' too; a line that is no JSON gives its fault.
+
+    Args:
+        path: The file.
+        faults: Is given what ends the reading: another encoding, a damaged compressed file, a line above 1 GiB.
+    """
+    start = number = 0
     with InputFile(path) as file:
         while not faults.is_full:
             number += 1
@@ -113,16 +64,14 @@ def read_json_lines(path: Path) -> Iterator[Document]:
                 line = b""  # a line of 100 MB, and 400 MB as text with an emoji, is held once
                 if not text or text.isspace():
                     continue
-                content = read_row(parse_json(text))
+                value = parse_json(text)
             except RowFault as fault:
-                faults.add(number, str(fault))
-                continue
-            documents += 1
-            if not len(faults):
-                yield Document(f"{path}:{number}", content, file.taken_bytes())
-    if not documents and not len(faults):
-        faults.add(1, "the file is empty")
-    faults.raise_if_any()
+                value = fault
+            text = ""
+            taken = (number, value, file.taken_bytes())
+            del value
+            yield taken
+            del taken
 
 
 def _next_line(file: InputFile, faults: Faults, number: int) -> bytes:
@@ -149,29 +98,22 @@ def _decode_line(line: bytes, *, is_first: bool, start: int) -> str:
     return text
 
 
-def read_json(path: Path) -> Iterator[Document]:
+def read_json(path: Path, *, format: str | None = None) -> Iterator[Document]:
     """The rows of an array, or objects one after another, of which one alone is a file of one row.
+
+    Args:
+        path: The file.
+        format: What the rows are; None finds it.
 
     Raises:
         DataError: The first 20 rows that cannot be used; after a fault of the syntax nothing more is read.
     """
     faults = Faults(str(path))
-    documents = 0
     with InputFile(path) as file:
-        scanner = _Scanner(_parts(file, faults))
-        for line, value in _rows(scanner, faults):
-            try:
-                scanner.decoder.raise_if_noted()
-                content = read_row(value)
-            except RowFault as fault:
-                faults.add(line, str(fault))
-                continue
-            documents += 1
-            if not len(faults):
-                yield Document(f"{path}:{line}", content, file.taken_bytes())
-    if not documents and not len(faults):
-        faults.add(1, "there is no row in the file")
-    faults.raise_if_any()
+        rows = (
+            (line, value, file.taken_bytes()) for line, value in _rows(_Scanner(_parts(file, faults)), faults)
+        )
+        yield from documents_of(rows, faults, format, empty="there is no row in the file")
 
 
 def _parts(file: InputFile, faults: Faults) -> Iterator[str]:
@@ -192,7 +134,7 @@ class _Scanner:
     """
 
     def __init__(self, parts: Iterator[str]) -> None:
-        self.decoder = _Decoder()
+        self.decoder = Decoder()
         self.line = 1
         self._parts = parts
         self._text = ""
@@ -202,7 +144,7 @@ class _Scanner:
     def next_character(self) -> str:
         """The next character that is no space, left where it is; empty at the end."""
         while True:
-            end = _end_of_space(self._text, self._at)
+            end = end_of_space(self._text, self._at)
             self._go_to(end)
             if end < len(self._text):
                 return self._text[end]
@@ -267,7 +209,7 @@ def _rows(scanner: _Scanner, faults: Faults) -> Iterator[tuple[int, Any]]:
             if is_array and character == "]":
                 break
             line = scanner.line
-            yield line, scanner.value()
+            yield line, _checked(scanner.value(), scanner.decoder)
             if is_array and scanner.next_character() == ",":
                 scanner.skip()
                 if scanner.next_character() == "]":
@@ -280,6 +222,15 @@ def _rows(scanner: _Scanner, faults: Faults) -> Iterator[tuple[int, Any]]:
         faults.add(scanner.line, str(fault))
 
 
+def _checked(value: Any, decoder: Decoder) -> Any:
+    """The value, or the fault that it is although it could be decoded."""
+    try:
+        decoder.raise_if_noted()
+    except RowFault as fault:
+        return fault
+    return value
+
+
 def _end_of_array(scanner: _Scanner) -> None:
     character = scanner.next_character()
     if not character:
@@ -289,8 +240,3 @@ def _end_of_array(scanner: _Scanner) -> None:
     scanner.skip()
     if character := scanner.next_character():
         raise RowFault(f"not JSON: {shown(character)} after the end of the array")
-
-
-def _end_of_space(text: str, start: int) -> int:
-    match = _SPACE.match(text, start)
-    return match.end() if match else start

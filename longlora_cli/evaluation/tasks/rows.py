@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longlora_cli.data.chat_template import Message, encode_prompt
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.faults import Faults
-from longlora_cli.data.rows import RowFault, checked_text, read_row
+from longlora_cli.data.readers.json_rows import json_lines
+from longlora_cli.data.rows import RowFault, read_row, unknown_keys
+from longlora_cli.data.tool_turns import Tools, has_tools
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.generation import Question
 
 TASK = "generate"
-Row = tuple[int, list[Message], list[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question of a file.
+
+    Args:
+        place: Its line; with the question's number where the line has several, `3.2`.
+        messages: Up to the answer.
+        references: Answers that are all right.
+        tools: What the chat may call.
+    """
+
+    place: str
+    messages: list[Message]
+    references: list[str]
+    tools: Tools | None = None
 
 
 def read_rows(path: Path, *, max_samples: int | None = None) -> list[Row]:
-    """Read and check a .jsonl file: line number, messages up to the answer, references.
+    """Read and check a .jsonl file, compressed or not, as strictly as `prepare` does.
 
-    A row has `input` and `outputs` (one text or several that are all right), `prompt` and `completion`, or
-    `messages` (or `conversations`), whose last turn is the assistant's and is the reference.
+    A row is of any format that `data.rows` knows but a text: `input` and `outputs`, `prompt` and `completion`,
+    LongBench's, Alpaca's, several `questions` about a `context` (each is asked for itself), or a chat, whose last turn
+    is the assistant's and is the reference.
 
     Args:
         path: The file.
-        max_samples: Only this many rows are used; the others are not looked at.
+        max_samples: Only this many questions are used; the rows after them are not looked at.
 
     Raises:
         DataError: There is no such file, it is empty, or rows cannot be used; up to 20 faults are told with
@@ -36,43 +55,36 @@ def read_rows(path: Path, *, max_samples: int | None = None) -> list[Row]:
         raise DataError(f"{path}: no such file")
     faults = Faults(str(path))
     rows: list[Row] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if faults.is_full or (max_samples is not None and len(rows) == max_samples):
-                break
+    if max_samples != 0:
+        for line, value, _ in json_lines(path, faults):
             try:
-                if parsed := _read_line(line):
-                    rows.append((number, *parsed))
+                rows += _questions_of(line, value)
             except RowFault as fault:
-                faults.add(number, str(fault))
+                faults.add(line, str(fault), hint=fault.hint)
+            if faults.is_full or (max_samples is not None and len(rows) >= max_samples):
+                break
     if not rows and not len(faults):
         faults.add(1, "the file is empty")
     faults.raise_if_any()
-    return rows
+    return rows[:max_samples]
 
 
-def _read_line(line: bytes) -> tuple[list[Message], list[str]] | None:
-    try:
-        text = line.decode("utf-8-sig").strip()
-        row = json.loads(text) if text else None
-    except UnicodeDecodeError as error:
-        raise RowFault(f"byte {error.start} of the line is not UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise RowFault(f"not JSON: {error}") from error
-    if row is None:
-        return None
-    content = read_row(row)
-    if isinstance(content, str):
+def _questions_of(line: int, value: Any) -> list[Row]:
+    if isinstance(value, RowFault):
+        raise value
+    # A text beside a chat is no second meaning here: only the chat has an answer.
+    chat = {key: part for key, part in value.items() if key != "text"} if isinstance(value, dict) else value
+    row = read_row(chat if isinstance(chat, dict) and not unknown_keys(chat) else value)
+    if isinstance(row.content, str):
         raise RowFault("a row with only a text has no answer to compare with; give input and outputs")
-    return content[:-1], _references(row, content)
-
-
-def _references(row: dict[str, Any], messages: list[Message]) -> list[str]:
-    is_chat = row.get("messages") is not None or row.get("conversations") is not None
-    is_pair = "prompt" in row and "completion" in row
-    if not is_chat and not is_pair and isinstance(row["outputs"], list):
-        return [checked_text(output, "outputs") for output in row["outputs"]]
-    return [messages[-1]["content"]]
+    exchanges = row.exchanges()
+    if not exchanges:
+        raise RowFault("the last turn calls a tool, so there is no answer to compare with")
+    several = len(exchanges) > 1
+    return [
+        Row(f"{line}.{number}" if several else str(line), exchange.asked, exchange.answers, row.tools)
+        for number, exchange in enumerate(exchanges, start=1)
+    ]
 
 
 def row_questions(rows: list[Row], tokenizer: Any, *, name: str) -> Iterator[Question]:
@@ -85,15 +97,24 @@ def row_questions(rows: list[Row], tokenizer: Any, *, name: str) -> Iterator[Que
         rows: From `read_rows`.
         tokenizer: Encodes the prompts.
         name: The file's name.
+
+    Raises:
+        DataError: The template refuses a chat or cannot show its tools.
     """
-    for line, messages, references in rows:
+    for row in rows:
         if tokenizer.chat_template:
-            prompt = encode_prompt(tokenizer, messages)
+            try:
+                prompt = encode_prompt(tokenizer, row.messages, tools=row.tools)
+            except DataError as error:
+                place = f"{name}:{row.place}: {error.message}"
+                raise DataError(place, rule=error.rule, hint=error.hint) from error
+        elif has_tools(row.messages, row.tools):
+            raise DataError(f"{name}:{row.place}: without a chat template tools cannot be shown")
         else:
             encoder = safe_encoder(tokenizer)
-            text = "".join(message["content"] + "\n" for message in messages)
+            text = "".join(message["content"] + "\n" for message in row.messages)
             prompt = [*encoder.begin, *encoder.encode_batch([text])[0].tolist()]
-        yield Question(TASK, prompt, references, {"row": f"{name}:{line}"})
+        yield Question(TASK, prompt, row.references, {"row": f"{name}:{row.place}"})
 
 
 def read_questions(path: Path, tokenizer: Any, *, max_samples: int | None = None) -> list[Question]:
