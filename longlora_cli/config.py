@@ -17,6 +17,11 @@ from pydantic import model_validator
 from longlora_cli.section import Section, setting
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Size, parse_length
 
+_CHAT_TEMPLATE = (
+    "Chat template: auto (the tokenizer's own; a run's as it was trained), llama-2, llama-3, mistral, qwen or "
+    "chatml, gemma, phi, none, or a .jinja file."
+)
+
 
 class ModelSection(Section):
     """Which model, and how its weights and numbers are held."""
@@ -35,6 +40,7 @@ class ModelSection(Section):
         "Attention kernel; auto: FlashAttention-4 (extra fa4) or cuDNN on Hopper and newer by document length, "
         "else the GPU's or CPU's best.",
     )
+    chat_template: str = setting("auto", _CHAT_TEMPLATE)
 
 
 class RopeSection(Section):
@@ -70,6 +76,7 @@ class PrepareConfig(Section):
     )
     out: Path = setting(..., "Folder to make.", short="-o")
     model: str = setting("builtin", "Model whose tokenizer and chat template are used.", short="-m")
+    chat_template: str = setting("auto", _CHAT_TEMPLATE)
     max_length: Length = setting(4096, "Tokens per chunk, such as 4096 or 32k.", ge=8)
     min_length: Length = setting(0, "Leave out documents and pieces with fewer tokens.", ge=0)
     on_long: Literal["split", "truncate", "truncate-left", "truncate-middle", "drop", "error"] = setting(
@@ -88,8 +95,9 @@ class PrepareConfig(Section):
         False, "Learn the tokens of an overlap in each piece, not only in the first."
     )
     pack: bool = setting(True, "Put several short documents into one chunk, isolated from each other.")
-    labels: Literal["assistant", "all"] = setting(
-        "assistant", "Which tokens of chats are learnt; texts: all."
+    labels: Literal["assistant", "last", "all"] = setting(
+        "assistant",
+        "Which tokens of chats are learnt: all answers, the last answer, or everything; texts: all.",
     )
     synthetic: Names = setting([], "Retrieval chats to add: needle=COUNT, hidden in the input documents.")
     synthetic_length: Length | None = setting(

@@ -56,7 +56,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     asked = find_sources(config.overlap_check, split=config.split)
     for name in [file for source in sources for file in source.left_out]:
         console.warn(f"left out {name}: not a kind of document that can be read")
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     if chats_wanted:
         require_template(tokenizer)
     if is_artifact(config.out, "dataset"):
@@ -102,6 +102,7 @@ def _origin(config: PrepareConfig, tokenizer: Any, origin: dict[str, str] | None
     return {
         "tokenizer_sha256": origin["tokenizer"] if origin else tokenizer_sha256(tokenizer),
         "template_sha256": template_sha256(tokenizer),
+        "chat_template": config.chat_template,
         "settings": config.model_dump(mode="json", exclude_unset=True),
         MADE_FROM: origin,
     }

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from longlora_cli.data.chat_template import render_chats, require_template
+from longlora_cli.data.chat_template import Labels, render_chats, require_template
 from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.data.chunking import TokenizedDocument
 from longlora_cli.data.documents import Document
@@ -31,9 +31,7 @@ _PIECE_CHARACTERS = 1 << 15
 _THREADS, _AHEAD = 2, 3
 
 
-def tokenize(
-    documents: Iterable[Document], tokenizer: Any, *, labels: Literal["assistant", "all"]
-) -> Iterator[TokenizedDocument]:
+def tokenize(documents: Iterable[Document], tokenizer: Any, *, labels: Labels) -> Iterator[TokenizedDocument]:
     """Tokenize documents in order.
 
     Texts get the tokens that the tokenizer itself puts around a text (BOS, if it does) and its EOS at the
@@ -43,7 +41,7 @@ def tokenize(
     Args:
         documents: Texts and chats.
         tokenizer: A fast tokenizer.
-        labels: For chats: learn what the assistant says, or everything.
+        labels: For chats: what is learnt of them; see `render_chats`.
 
     Raises:
         DataError: A chat and no template, or a chat that the template refuses; the message names its source.
@@ -54,7 +52,7 @@ def tokenize(
 
     def finish(group: list[_Work]) -> list[tuple[Int32, Int32 | None]]:
         texts = iter(encoder.encode_pieces([(w.piece, w.begins) for w in group if w.piece is not None]))
-        chats = iter(_render(tokenizer, [w.document for w in group if w.piece is None]))
+        chats = iter(_render(tokenizer, [w.document for w in group if w.piece is None], labels))
         return [next(chats) if w.piece is None else (next(texts), None) for w in group]
 
     for work, (ids, learnt) in _in_threads(finish, _groups(_works(encoder, documents))):
@@ -63,7 +61,7 @@ def tokenize(
             if not work.ends:
                 continue
             ids, pieces = np.concatenate([begin, *pieces, end]), []
-        if learnt is None or labels == "all":
+        if learnt is None:
             learnt = ids.copy()
             learnt[:1] = IGNORE
         yield TokenizedDocument(work.document.source, work.document.is_chat, ids, learnt)
@@ -133,13 +131,13 @@ def _in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _render(tokenizer: Any, documents: list[Document]) -> list[tuple[Int32, Int32]]:
+def _render(tokenizer: Any, documents: list[Document], labels: Labels) -> list[tuple[Int32, Int32]]:
     if not documents:
         return []
     require_template(tokenizer)
     chats = [document.content for document in documents if isinstance(document.content, list)]
     try:
-        return render_chats(tokenizer, chats)
+        return render_chats(tokenizer, chats, labels=labels)
     except DataError:
         for document, chat in zip(documents, chats, strict=True):  # find the one that is meant
             try:

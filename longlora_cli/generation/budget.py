@@ -71,7 +71,9 @@ def outline_model(
     parameters = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / _stored_bytes(config)
     return ModelOutline(
         source=source,
-        tokenizer=load_tokenizer(source.adapter if has_tokenizer and source.adapter else source.base),
+        tokenizer=load_tokenizer(
+            source.adapter if has_tokenizer and source.adapter else source.base, section.chat_template
+        ),
         facts=facts,
         context_length=context_length or length,
         device=device,

@@ -186,7 +186,9 @@ def load_model(
         if not (foldable and fold(model, folder, source.adapter, source.record)):
             model = adapters.load(model, source.adapter, trainable=training)
     own_tokenizer = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(source.adapter if own_tokenizer and source.adapter else source.base)
+    tokenizer = load_tokenizer(
+        source.adapter if own_tokenizer and source.adapter else source.base, section.chat_template
+    )
     if not training:
         model.eval()
     return LoadedModel(
