@@ -11,6 +11,7 @@ from typing import Any
 
 from longlora_cli.data.encoding import SafeEncoder
 from longlora_cli.errors import DataError
+from longlora_cli.models.template_sandbox import FAILURES, apply_template
 
 Message = dict[str, Any]
 """`role` and `content`; an assistant's message may have `tool_calls`."""
@@ -75,21 +76,16 @@ def render_text(
     add_generation_prompt: bool = False,
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
-    """The template's text of a chat, in transformers' sandbox.
+    """The template's text of a chat, made in a sandbox with limits.
 
     Raises:
         DataError: The template refuses the chat; its reason is told.
     """
-    import jinja2
-
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        return apply_template(tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=tools)
+    except FAILURES as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"the chat template refuses the chat: {reason}") from error
-    return text
 
 
 def answer_frame(tokenizer: Any, encoder: SafeEncoder) -> AnswerFrame:

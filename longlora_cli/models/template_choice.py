@@ -12,7 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from longlora_cli.errors import DataError, NotFoundError, SettingsError
+from longlora_cli.models.template_sandbox import FAILURES, apply_template
 
 OWN = "auto"
 TEMPLATES = {
@@ -127,13 +130,11 @@ def _refuse_foreign_tokens(tokenizer: Any, choice: str, *, named: bool) -> None:
 
 
 def _render(tokenizer: Any, choice: str) -> str:
-    import jinja2
-
     try:
-        text: str = tokenizer.apply_chat_template(_PROBE, tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
+        text = apply_template(tokenizer, _PROBE)
+    except TemplateSyntaxError as error:
         raise DataError(f"{choice}:{error.lineno}: not a Jinja template: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+    except FAILURES as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{choice}: the template fails on a question with an answer: {reason}") from error
     if "answer" not in text:
