@@ -201,11 +201,10 @@ def _skeleton(raw: str, messages: list[Message], frame: AnswerFrame) -> list[str
     )
     skeleton: list[str | _Slot] = []
     place = 0
-    previous = None
     for start, number in found:
+        if start < place:
+            continue  # inside a turn that calls tools, which was taken whole
         calls = bool(messages[number].get("tool_calls"))
-        if calls and number == previous:
-            continue  # a call inside the turn that was taken whole
         text, place = raw[place:start], start + len(_mark(number))
         if calls:
             place = _end_of_calls(raw, place, number, frame)
@@ -213,7 +212,6 @@ def _skeleton(raw: str, messages: list[Message], frame: AnswerFrame) -> list[str
         if messages[number]["role"] == "assistant":
             text, lead = _split_lead(text, frame)
         skeleton += [text, _Slot(number, lead, calls)]
-        previous = number
     return [*skeleton, raw[place:]]
 
 

@@ -51,25 +51,38 @@ def choose_template(tokenizer: Any, choice: str) -> None:
     if choice == OWN:
         return
     named = choice in TEMPLATES
-    text = (_FOLDER / f"{TEMPLATES[choice]}.jinja").read_text(encoding="utf-8") if named else _read(choice)
+    text = _text_of(choice) if named else _read(choice)
     if choice == "none" and _begins_with_bos(tokenizer):
         text = "{{- bos_token -}}\n" + text
-    for name in ("bos_token", "eos_token"):
-        if (
-            named
-            and re.search(rf"\b{name}\b", text.partition("-#}")[2] or text)
-            and not getattr(tokenizer, name)
-        ):
-            raise SettingsError(
-                f"--chat-template {choice} needs a tokenizer with {name}; this model's has none",
-                hint="Leave --chat-template out, or choose the template of this model's family.",
-            )
+    if named and (missing := [name for name in _tokens_in(text) if not getattr(tokenizer, name)]):
+        raise SettingsError(
+            f"--chat-template {choice} needs a tokenizer with {missing[0]}; this model's has none",
+            hint=f"These fit this model's tokenizer: {_fitting(tokenizer)}.",
+        )
     before, tokenizer.chat_template = tokenizer.chat_template, text
     try:
         _refuse_foreign_tokens(tokenizer, choice, named=named)
     except Exception:
         tokenizer.chat_template = before
         raise
+
+
+def _text_of(name: str) -> str:
+    return (_FOLDER / f"{TEMPLATES[name]}.jinja").read_text(encoding="utf-8")
+
+
+def _body(text: str) -> str:
+    """A template without its comments."""
+    return re.sub(r"\{#.*?#\}", "", text, flags=re.DOTALL)
+
+
+def _tokens_in(text: str) -> list[str]:
+    """Which of a tokenizer's own names for tokens a template uses."""
+    return [name for name in ("bos_token", "eos_token") if name in _body(text)]
+
+
+def _special(tokenizer: Any) -> set[str]:
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
 
 
 def _read(choice: str) -> str:
@@ -108,7 +121,7 @@ def _refuse_foreign_tokens(tokenizer: Any, choice: str, *, named: bool) -> None:
     A named template needs all of them. Of a file the one that ends an answer is needed: without it a model never
     learns to stop; other marks may be meant as plain text, as Zephyr's <|user|> is.
     """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = _special(tokenizer)
     rendered = _render(tokenizer, choice)
     missing = [mark for mark in dict.fromkeys(_CONTROL.findall(rendered)) if mark not in special]
     after = rendered.rpartition("answer")[2].lstrip()
@@ -118,7 +131,7 @@ def _refuse_foreign_tokens(tokenizer: Any, choice: str, *, named: bool) -> None:
             f"--chat-template {choice} writes {', '.join(missing)}, which this model's tokenizer has not as "
             f"control tokens",
             rule="As plain text they would be learnt letter by letter, and no other program would know them.",
-            hint=f"Choose the template of this model's family: {_fitting(special)}.",
+            hint=f"These fit this model's tokenizer: {_fitting(tokenizer)}.",
         )
     if not ends:
         end = after.split()[0] if after.split() else "nothing"
@@ -142,12 +155,13 @@ def _render(tokenizer: Any, choice: str) -> str:
     return text
 
 
-def _fitting(special: set[str]) -> str:
-    """The named templates whose control tokens a tokenizer has."""
-    fitting = []
-    for name, file in TEMPLATES.items():
-        text = (_FOLDER / f"{file}.jinja").read_text(encoding="utf-8").partition("-#}")[2]
-        marks = set(_CONTROL.findall(text.replace("' + message['role'] + '", "user")))
-        if marks <= special and name != "chatml":
+def _fitting(tokenizer: Any) -> str:
+    """The named templates whose tokens a tokenizer has."""
+    special, fitting = _special(tokenizer), [OWN]
+    for name in TEMPLATES:
+        text = _text_of(name).replace("' + message['role'] + '", "user")
+        if set(_CONTROL.findall(_body(text))) <= special and all(
+            getattr(tokenizer, token) for token in _tokens_in(text)
+        ):
             fitting.append(name)
-    return ", ".join([OWN, *fitting])
+    return ", ".join(fitting)
