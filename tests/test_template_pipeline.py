@@ -163,3 +163,16 @@ def test_a_template_of_another_family_is_refused_before_anything_is_read(
     words = ["--model", str(tiny_model_folder), "--chat-template", "llama-3", "--out", str(tmp_path / "data")]
     assert call("prepare", str(tmp_path / "chats.jsonl"), *words) == 2
     assert "which this model's tokenizer has not as control tokens" in capsys.readouterr().out
+
+
+def test_a_merged_model_stops_where_the_template_ends_an_answer(data: str, tiny_model_folder: Path) -> None:
+    Path("mine.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}")
+    words = ["--model", str(tiny_model_folder), "--chat-template", "mine.jinja"]
+    assert call("prepare", "chats.jsonl", *words, "--out", "other") == 0
+    assert call("train", *words, "--data", "other", "--steps", "1", "--out", "run") == 0
+    assert call("merge", "run", "--out", "merged") == 0
+    before = json.loads((tiny_model_folder / "generation_config.json").read_text())
+    after = json.loads(Path("merged/generation_config.json").read_text())
+    tokenizer = load_tokenizer(tiny_model_folder)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert after == before | {"eos_token_id": [tokenizer.eos_token_id, end]}

@@ -36,6 +36,7 @@ __all__ = [
     "RenderedChat",
     "count_tokens",
     "encode_prompt",
+    "end_token_id",
     "render_chat",
     "render_chats",
     "render_text",
@@ -131,6 +132,16 @@ def render_chats(
         learnt[:1] = False  # nothing comes before the first token, so nothing predicts it
         rendered.append((ids, np.where(learnt, ids, IGNORE).astype(np.int32)))
     return rendered
+
+
+def end_token_id(tokenizer: Any) -> int | None:
+    """The id of the token with which the template ends an answer; None without a template or such a token."""
+    if not tokenizer.chat_template:
+        return None
+    encoder = safe_encoder(tokenizer)
+    frame = answer_frame(tokenizer, encoder)
+    token = encoder.special_at_start(frame.end) if frame.end else None
+    return None if token == frame.next_turn else token
 
 
 def count_tokens(tokenizer: Any, messages: list[Message]) -> int:
