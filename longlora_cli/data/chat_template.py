@@ -167,11 +167,14 @@ def _learnt(
 ) -> npt.NDArray[np.bool_]:
     """Which tokens the messages `wanted` teach; offsets count characters with special tokens by their secret names."""
     spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    special = np.isin(ids, list(encoder.special_ids))
+    special = np.array([number in encoder.special_ids for number in ids.tolist()], dtype=bool)
     learnt, foreign = np.zeros((2, len(ids)), dtype=bool)
     place = 0
     for index, part in enumerate(parts):
         end = place + len(encoder.secret(part.text) if part.trusted else part.text)
+        if part.message is None:
+            place = end
+            continue
         covered = (spans[:, 1] > place) & (spans[:, 0] < end)
         if part.message in wanted:
             # A token may cover both the template's text and the content; the model writes that token. Not so a
@@ -180,7 +183,7 @@ def _learnt(
             following = parts[index + 1]
             if following.message is None:
                 learnt |= _ending(ids, spans[:, 1] > end, following.text, encoder, frame)
-        elif part.message is not None:
+        else:
             foreign |= covered
         place = end
     return learnt & ~foreign
