@@ -272,3 +272,11 @@ def test_a_turn_of_a_tool_is_never_learnt() -> None:
     chat = render_chat(templated("none"), TOOL_CHAT)
     learnt = [templated("none").decode(chat.ids[start:end]) for start, end in runs_of(chat.labels)]
     assert learnt == ["Yes.</s>", "It is 42.</s>"]
+
+
+def test_a_header_token_that_takes_an_answers_first_spaces_is_not_learnt() -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "  hi"}]
+    chat = render_chat(templated("phi"), messages)
+    header = templated("phi").convert_tokens_to_ids("<|assistant|>")
+    assert header in chat.ids
+    assert header not in chat.labels
