@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from random_model import llama8b_config, quantized_in_memory
 
-from longlora_cli.config import AdapterSection
 from longlora_cli.errors import ResourceError
 from longlora_cli.memory.attention import attention_name
 from longlora_cli.memory.attention_kernels import choose_kernel, expected_kernel
 from longlora_cli.memory.plan import MemoryPlan, ModelShape
 from longlora_cli.models import adapter as adapters
+from longlora_cli.sections import AdapterSection
 
 GIB = 2**30
 RANDOM = "random"  # in place of a folder: the 8B shape, built in memory

@@ -1,9 +1,10 @@
 """Every setting, declared once: its type, default, help and checks.
 
-A command's config is made of sections (`ModelSection`, `RopeSection`, ...) that core functions take as arguments. A
-field is a flag (`max_length` -> `--max-length`), a recipe key and an environment variable (`LONGLORA_MAX_LENGTH`);
-`options.py` makes them from the declarations here. A section refuses values that cannot be used and combinations in
-which a setting would have no effect. Nothing here imports torch, looks at a GPU or opens a network connection.
+A command's config is made of sections (`ModelSection`, `RopeSection`, ...) that core functions take as arguments;
+`sections.py` has those that commands share. A field is a flag (`max_length` -> `--max-length`), a recipe key and an
+environment variable (`LONGLORA_MAX_LENGTH`); `options.py` makes them from these declarations. A section refuses values
+that cannot be used and combinations in which a setting would have no effect. Nothing here imports torch, looks at a GPU
+or opens a network connection.
 """
 
 from __future__ import annotations
@@ -15,48 +16,15 @@ from typing import Literal
 from pydantic import model_validator
 
 from longlora_cli.section import Section, setting
-from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Size, parse_length
-
-
-class ModelSection(Section):
-    """Which model, and how its weights and numbers are held."""
-
-    model: str = setting("builtin", "Model folder, run folder, hub name, or 'builtin'.", short="-m")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "Number format of weights and computation; auto: bf16 on a GPU that has it, else fp32."
-    )
-    quantization: Literal["auto", "none", "nf4", "int8"] = setting(
-        "auto",
-        "Base weights: NF4 (4-bit), int8 or none; auto: as a run was trained, NF4 to train above 1B parameters.",
-    )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where to compute; auto: a GPU if there is one.")
-    attention: Literal["auto", "fa4", "cudnn", "flash", "efficient", "torch", "math"] = setting(
-        "auto",
-        "Attention kernel; auto: FlashAttention-4 (extra fa4) or cuDNN on Hopper and newer by document length, "
-        "else the GPU's or CPU's best.",
-    )
-
-
-class RopeSection(Section):
-    """How positions are stretched. Without `rope`, the model's or run's own record is kept."""
-
-    rope: Literal["keep", "theta", "linear", "dynamic", "yarn", "llama3"] = setting(
-        "keep", "Position scaling; theta raises the base frequency (NTK)."
-    )
-    rope_factor: float | None = setting(
-        None, "Length ratio; default: the new context length over the model's own.", gt=1
-    )
-    rope_theta: float | None = setting(
-        None, "Base frequency for --rope theta; default: the NTK rule, theta * factor^(d/(d-2)).", gt=0
-    )
-
-    @model_validator(mode="after")
-    def _rope_settings_have_an_effect(self) -> RopeSection:
-        self.needs("rope_factor", self.rope != "keep", "it belongs to a --rope method")
-        self.needs("rope_theta", self.rope == "theta", "it belongs to --rope theta")
-        if self.rope_factor is not None and self.rope_theta is not None:
-            raise ValueError("--rope-factor and --rope-theta both set the base frequency; give one")
-        return self
+from longlora_cli.sections import (
+    CHAT_TEMPLATE_HELP,
+    AdapterSection,
+    EngineSection,
+    ModelSection,
+    OptimSection,
+    RopeSection,
+)
+from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths
 
 
 class PrepareConfig(Section):
@@ -70,6 +38,7 @@ class PrepareConfig(Section):
     )
     out: Path = setting(..., "Folder to make.", short="-o")
     model: str = setting("builtin", "Model whose tokenizer and chat template are used.", short="-m")
+    chat_template: str = setting("auto", CHAT_TEMPLATE_HELP)
     max_length: Length = setting(4096, "Tokens per chunk, such as 4096 or 32k.", ge=8)
     min_length: Length = setting(0, "Leave out documents and pieces with fewer tokens.", ge=0)
     on_long: Literal["split", "truncate", "truncate-left", "truncate-middle", "drop", "error"] = setting(
@@ -88,8 +57,9 @@ class PrepareConfig(Section):
         False, "Learn the tokens of an overlap in each piece, not only in the first."
     )
     pack: bool = setting(True, "Put several short documents into one chunk, isolated from each other.")
-    labels: Literal["assistant", "all"] = setting(
-        "assistant", "Which tokens of chats are learnt; texts: all."
+    labels: Literal["assistant", "last", "all"] = setting(
+        "assistant",
+        "Which tokens of chats are learnt: all answers, the last answer, or everything; texts: all.",
     )
     synthetic: Names = setting(
         [],
@@ -156,111 +126,6 @@ class PrepareConfig(Section):
     def shared_tokens(self) -> int:
         """Tokens that consecutive pieces of a split document share, from `overlap` or `stride`."""
         return self.overlap if self.stride is None else self.max_length - self.stride
-
-
-class AdapterSection(Section):
-    """What is trained."""
-
-    adapter: Literal["lora", "rslora", "dora", "pissa"] = setting("lora", "Kind of low-rank adapter.")
-    lora_rank: int = setting(16, "Rank of the adapter.", ge=1)
-    lora_alpha: float | None = setting(None, "Scale of the adapter; default: twice the rank.", gt=0)
-    lora_dropout: float = setting(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
-    lora_targets: Names = setting(
-        ["all"], "Linear layers that get an adapter: all, or names such as q_proj,v_proj."
-    )
-    also_train: Literal["none", "norms", "all"] = setting(
-        "none", "Also train the norms, or norms and embeddings (all), as LongLoRA does."
-    )
-
-
-class OptimSection(Section):
-    """How long, how fast, in which order."""
-
-    steps: int | None = setting(None, "Optimizer steps; default: --epochs over the data.", ge=1)
-    epochs: float = setting(1.0, "Passes over the data.", gt=0)
-    batch_size: int = setting(1, "Chunks per micro-batch and process.", ge=1)
-    accumulate: int = setting(1, "Micro-batches per optimizer step.", ge=1)
-    learning_rate: float = setting(2e-4, "Peak learning rate.", gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = setting("cosine", "Learning rate after warm-up.")
-    warmup: int = setting(0, "Steps of linear warm-up.", ge=0)
-    weight_decay: float = setting(0.0, "AdamW's weight decay.", ge=0)
-    max_grad_norm: float = setting(1.0, "Clip gradients to this norm.", gt=0)
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = setting("adamw", "Optimizer.")
-    seed: int = setting(0, "Seed of data order, adapter and dropout.", ge=0)
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> OptimSection:
-        self.needs("epochs", self.steps is None, "--steps already says how long to train")
-        return self
-
-
-PLAN_KEYS = (
-    "group",
-    "offload",
-    "keep_attention",
-    "keep_qkv",
-    "keep_gate_up",
-    "tile_tokens",
-    "kv_heads_per_call",
-    "embedding",
-)
-# Parts whose value is a place; the others' are numbers.
-_PLAN_PLACES = {"offload": ("gpu", "host", "disk"), "embedding": ("gpu", "host")}
-
-
-class EngineSection(Section):
-    """Where activations wait between forward and backward, and how much memory there is for them."""
-
-    engine: Literal["auto", "fused", "generic", "none"] = setting(
-        "auto", "How layers train: fused (Llama family), generic (any decoder), none (the model's own code)."
-    )
-    plan: Names = setting(
-        ["auto"], f"Memory plan: auto, or fixed parts of it as KEY=VALUE of {', '.join(PLAN_KEYS)}."
-    )
-    s2_group: Length | None = setting(
-        None, "Train with shifted sparse attention (S2-Attn) in groups of this many tokens.", ge=2
-    )
-    gpu_memory: Size | None = setting(None, "Use at most this much GPU memory, such as 24GB.", gt=0)
-    host_memory: Size | None = setting(None, "Use at most this much host memory for activations.", gt=0)
-    disk_offload: Path | None = setting(None, "Folder on a fast disk for activations that fit nowhere else.")
-    loss_tile: Length = setting(
-        4096, "Tokens whose logits exist at one time; when it is not given, a memory plan chooses.", ge=1
-    )
-    probe: bool = setting(False, "With --dry-run: run one longest step and compare it with the plan.")
-
-    def fixed_plan(self) -> dict[str, str | int]:
-        """The parts of the plan that the user fixed; numbers are tokens, layers or heads."""
-        fixed: dict[str, str | int] = {}
-        for item in self.plan:
-            if item != "auto":
-                key, _, value = item.partition("=")
-                fixed[key] = value if key in _PLAN_PLACES else parse_length(value)
-        return fixed
-
-    @model_validator(mode="after")
-    def _plan_is_known(self) -> EngineSection:
-        for item in self.plan:
-            key, equals, value = item.partition("=")
-            if item == "auto":
-                continue
-            if key not in PLAN_KEYS or not equals:
-                raise ValueError(
-                    f"--plan {item}: write auto or KEY=VALUE, with KEY of {', '.join(PLAN_KEYS)}"
-                )
-            places = _PLAN_PLACES.get(key)
-            if places is not None and value not in places:
-                raise ValueError(f"--plan {item}: {', '.join(places[:-1])} or {places[-1]}")
-            if places is None:
-                try:
-                    parse_length(value)
-                except ValueError as error:
-                    raise ValueError(f"--plan {item}: {error}") from None
-        for name in ("plan", "gpu_memory", "host_memory", "disk_offload", "s2_group"):
-            self.needs(name, self.engine != "none", "--engine none keeps what the model's own code keeps")
-        self.needs("s2_group", self.engine != "generic", "it belongs to --engine fused")
-        if self.s2_group is not None and self.s2_group % 2:
-            raise ValueError(f"--s2-group {self.s2_group} is odd: groups are shifted by half of their tokens")
-        return self
 
 
 class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, ModelSection):

@@ -14,6 +14,7 @@ from longlora_cli.generation.budget import Budget, ModelOutline, free_bytes, out
 from longlora_cli.generation.conversation import Conversation
 from longlora_cli.generation.session import Session, refuse_overflow
 from longlora_cli.models.loading import load_model
+from longlora_cli.models.tokenizer import was_trained_otherwise
 
 
 def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
@@ -38,6 +39,8 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     texts = [text for path in config.file for text in read_texts(path)]
     outline = outline_model(config, config, adapter=config.adapter, context_length=config.max_length)
     quiet_libraries()  # now that transformers is imported
+    if was_trained_otherwise(outline.source.adapter, outline.tokenizer):
+        console.warn(f"{config.model} was trained with another chat template than {config.chat_template}")
     conversation = Conversation(outline.tokenizer, config.system)
     files = [conversation.attach(name, text) for name, text in texts]
     for file in files:

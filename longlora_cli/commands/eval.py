@@ -29,7 +29,7 @@ from longlora_cli.evaluation.plan import EvalPlan, make_plan
 from longlora_cli.evaluation.report import save_heatmap, save_position_curve
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
-from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
 from longlora_cli.storage import atomic_folder, refuse_existing, write_json, write_text
 
 
@@ -45,7 +45,7 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         The content of `results.json`, with `out`; for a dry run the counts of each task.
     """
     refuse_existing(config.out)
-    plan = make_plan(config, _load_tokenizer(config))
+    plan = make_plan(config, _load_tokenizer(config, console))
     if dry_run:
         return _show_counts(plan, console)
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
@@ -78,10 +78,13 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     return {**results, "out": str(config.out)}
 
 
-def _load_tokenizer(config: EvalConfig) -> Any:
+def _load_tokenizer(config: EvalConfig, console: Console) -> Any:
     source = resolve(config.model, config.adapter)
     own = source.adapter if source.adapter and (source.adapter / "tokenizer.json").is_file() else None
-    return load_tokenizer(own or source.base)
+    tokenizer = load_tokenizer(own or source.base, config.chat_template)
+    if was_trained_otherwise(source.adapter, tokenizer):
+        console.warn(f"{config.model} was trained with another chat template than {config.chat_template}")
+    return tokenizer
 
 
 def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     sources = find_sources(config.inputs, split=config.split, stream=config.stream, format=config.rows_format)
     asked = find_sources(config.overlap_check, split=config.split)
     _tell_left_out(sources, console)
-    tokenizer = _tokenizer(config.model, has_chats=bool(chats_wanted))
+    tokenizer = _tokenizer(config, has_chats=bool(chats_wanted))
     if is_artifact(config.out, "dataset"):
         before = made_before(config.out, with_content(identity(config, tokenizer), [*sources, *asked]))
         return _unchanged(before, config, tokenizer, console, dry_run=dry_run)
@@ -103,8 +103,8 @@ def _tell_left_out(sources: list[Source], console: Console) -> None:
         console.warn(f"left out {name}: not a kind of document that can be read")
 
 
-def _tokenizer(model: str, *, has_chats: bool) -> Any:
-    tokenizer = load_tokenizer(model)
+def _tokenizer(config: PrepareConfig, *, has_chats: bool) -> Any:
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     if has_chats:
         require_template(tokenizer)
     return tokenizer
@@ -120,6 +120,7 @@ def _origin(config: PrepareConfig, begun: dict[str, str], origin: dict[str, str]
     return {
         "tokenizer_sha256": begun["tokenizer"],
         "template_sha256": begun["chat template"],
+        "chat_template": config.chat_template,
         "settings": config.model_dump(mode="json", exclude_unset=True),
         MADE_FROM: origin,
     }

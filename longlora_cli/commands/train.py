@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_cli.commands.train_plan import PlannedTraining, describe, load_trained, plan_training
-from longlora_cli.config import AdapterSection, TrainConfig
+from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console, show_log
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
@@ -20,9 +20,10 @@ from longlora_cli.evaluation.during_training import check_eval_data, make_evalua
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_device
 from longlora_cli.models.source import ModelSource, base_folder, fingerprint, resolve
-from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.models.tokenizer import load_tokenizer, template_sha256
 from longlora_cli.options import write_recipe
 from longlora_cli.parallel.mesh import Mesh
+from longlora_cli.sections import AdapterSection
 from longlora_cli.storage import atomic_folder, folder_lock, is_artifact, sha256_of
 from longlora_cli.training import checkpoint
 from longlora_cli.training.calibrator import BatchCalibrator
@@ -57,12 +58,14 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         prepared = _open_data(config.data)
         source = resolve(config.model)
         _refuse_second_adapter(config, source)
-        prepared.require_tokenizer(load_tokenizer(source.adapter or source.base))
+        tokenizer = load_tokenizer(source.adapter or source.base, config.chat_template)
+        prepared.require_tokenizer(tokenizer, config.chat_template)
         planned = plan_training(config, prepared, source, device, mesh)
         context_length = planned.context_length
         facts: dict[str, Any] = {
             "data": [sha256_of(path / "manifest.json") for path in config.data],
             "base": fingerprint(base_folder(source.base)),
+            "chat_template": f"{config.chat_template} {template_sha256(tokenizer)}",
         }
         if config.max_length == "auto":
             facts["context_length"] = context_length

@@ -1,26 +1,51 @@
-"""Chats to token ids and labels, by the tokenizer's own template.
+"""Chats to token ids and labels, by the tokenizer's chat template.
 
 The template is rendered twice: with the messages, and with a placeholder instead of each content. The second
 rendering shows which text is the template's; the content must then stand between those texts in the first.
 The whole rendering is encoded once, so that ids equal those of `apply_chat_template`, and offsets say which
 tokens are whose. Special tokens are recognised in the template's text only (`encoding.SafeEncoder`).
+
+An answer is what follows the prompt for it, up to the token that ends its turn: what a template itself writes there (an
+empty thought, a call of a tool) is the assistant's too, because at inference the model has to write it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.data.counting import token_counter
 from longlora_cli.data.encoding import SafeEncoder, safe_encoder
-from longlora_cli.data.tool_turns import Tools, has_tools, tool_layout
-from longlora_cli.errors import DataError
+from longlora_cli.data.rendering import (
+    AnswerFrame,
+    Message,
+    Part,
+    answer_frame,
+    layout_chat,
+    render_text,
+    require_template,
+)
+from longlora_cli.data.tool_turns import Tools
 
-Message = dict[str, Any]
+__all__ = [
+    "Labels",
+    "Message",
+    "RenderedChat",
+    "count_tokens",
+    "encode_prompt",
+    "end_token_id",
+    "render_chat",
+    "render_chats",
+    "render_text",
+    "require_template",
+]
+
+Labels = Literal["assistant", "last", "all"]
 
 
 @dataclass(frozen=True)
@@ -29,20 +54,11 @@ class RenderedChat:
 
     Args:
         ids: Token ids.
-        labels: The same ids where the assistant speaks (its contents, each with the end-of-turn token that
-            the template puts after it), `IGNORE` elsewhere. Not shifted.
+        labels: The same ids where they are learnt, `IGNORE` elsewhere. Not shifted.
     """
 
     ids: list[int]
     labels: list[int]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A piece of a rendering: the template's own text (`message` is None) or a message's content."""
-
-    text: str
-    message: int | None
 
 
 def render_chat(
@@ -50,13 +66,14 @@ def render_chat(
     messages: list[Message],
     *,
     add_generation_prompt: bool = False,
+    labels: Labels = "assistant",
     tools: Tools | None = None,
 ) -> RenderedChat:
     """Render one chat; see `render_chats`."""
-    [(ids, labels)] = render_chats(
-        tokenizer, [messages], add_generation_prompt=add_generation_prompt, tools=[tools]
-    )
-    return RenderedChat(ids.tolist(), labels.tolist())
+    ids, learnt = render_chats(
+        tokenizer, [messages], add_generation_prompt=add_generation_prompt, labels=labels, tools=[tools]
+    )[0]
+    return RenderedChat(ids.tolist(), learnt.tolist())
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message], *, tools: Tools | None = None) -> list[int]:
@@ -73,219 +90,120 @@ def render_chats(
     chats: list[list[Message]],
     *,
     add_generation_prompt: bool = False,
+    labels: Labels = "assistant",
     tools: Sequence[Tools | None] | None = None,
 ) -> list[tuple[Int32, Int32]]:
     """Render chats with the tokenizer's template, encoded by all cores at once.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
-        chats: Messages with `role` and `content`.
+        chats: Messages with `role` and `content`; an assistant's may have `tool_calls`.
         add_generation_prompt: End with the header of the assistant's next turn.
-        tools: What each chat may call; None where none calls anything.
+        labels: What is learnt: `assistant`: its answers, each with the token that the template puts after it to end
+            the turn; `last`: the last of them only; `all`: every token but the first.
+        tools: For each chat the tools that its template is told of, as JSON schemas.
 
     Returns:
         For each chat its ids and labels (`RenderedChat`), int32 `[tokens]`.
 
     Raises:
         DataError: The tokenizer has no template; the template refuses a chat, leaves out a message or a tool, or
-            changes a content so that it cannot be told from the template's own text.
+            changes a content so that it cannot be told from the template's own text; or tools or their calls hold a
+            control token's name where it cannot be made plain.
     """
     encoder = safe_encoder(tokenizer)
+    require_template(tokenizer)
+    frame = answer_frame(tokenizer, encoder)
+    known = tools or [None] * len(chats)
     layouts = [
-        _layout(tokenizer, messages, add_generation_prompt, encoder, called)
-        for messages, called in zip(chats, tools or [None] * len(chats), strict=True)
+        layout_chat(
+            tokenizer, messages, encoder, frame, add_generation_prompt=add_generation_prompt, tools=own
+        )
+        for messages, own in zip(chats, known, strict=True)
     ]
     encodings = encoder.encode_with_offsets([_text(parts, encoder) for parts in layouts])
-    # Templates without an end token go straight on to the next turn, which BOS opens: that is not for the
-    # assistant.
-    next_turn = None if tokenizer.bos_token_id == tokenizer.eos_token_id else tokenizer.bos_token_id
-    gap = _answer_gap(tokenizer)
     rendered = []
     for messages, parts, encoding in zip(chats, layouts, encodings, strict=True):
         ids = encoder.ids(encoding)
-        rendered.append((ids, _labels(messages, parts, ids, encoding.offsets, encoder, gap, next_turn)))
+        if labels == "all":
+            learnt = np.ones(len(ids), dtype=bool)
+        else:
+            answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+            wanted = frozenset(answers if labels == "assistant" else answers[-1:])
+            learnt = _learnt(wanted, parts, ids, encoding.offsets, encoder, frame)
+        learnt[:1] = False  # nothing comes before the first token, so nothing predicts it
+        rendered.append((ids, np.where(learnt, ids, IGNORE).astype(np.int32)))
     return rendered
+
+
+def end_token_id(tokenizer: Any) -> int | None:
+    """The id of the token with which the template ends an answer; None without a template or such a token."""
+    if not tokenizer.chat_template:
+        return None
+    encoder = safe_encoder(tokenizer)
+    frame = answer_frame(tokenizer, encoder)
+    token = encoder.special_at_start(frame.end) if frame.end else None
+    return None if token == frame.next_turn else token
 
 
 def count_tokens(tokenizer: Any, messages: list[Message]) -> int:
     """Tokens of a rendered chat; its sentences are encoded once, however many chats hold them."""
     encoder = safe_encoder(tokenizer)
-    return token_counter(tokenizer).count(_text(_layout(tokenizer, messages, False, encoder), encoder))
-
-
-def require_template(tokenizer: Any) -> None:
-    """Raise `DataError` when the tokenizer has no chat template."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the model's tokenizer has no chat template, so chats cannot be rendered",
-            rule="Chats are rendered with the model's own template, never with a guessed one.",
-            hint="Choose an instruct or chat model with --model, or give texts instead of chats.",
-        )
-
-
-def _text(parts: list[_Part], encoder: SafeEncoder) -> str:
-    """What is encoded: contents as they are, the template's special tokens by their secret names."""
-    return "".join(encoder.secret(p.text) if p.message is None else p.text for p in parts)
-
-
-def _render(
-    tokenizer: Any, messages: list[Message], add_generation_prompt: bool, tools: Tools | None = None
-) -> str:
-    import jinja2
-
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"the chat template refuses the chat: {reason}") from error
-    return text
-
-
-def _layout(
-    tokenizer: Any,
-    messages: list[Message],
-    add_generation_prompt: bool,
-    encoder: SafeEncoder,
-    tools: Tools | None = None,
-) -> list[_Part]:
-    """Split the rendering of `messages` into the template's text and the contents."""
     require_template(tokenizer)
-    if has_tools(messages, tools):
-
-        def render(chat: list[Message], called: Tools | None, prompt: bool) -> str:
-            return _render(tokenizer, chat, prompt, called)
-
-        parts_of_tools = tool_layout(
-            messages, tools, prompt=add_generation_prompt, render=render, encoder=encoder
-        )
-        return [_Part(text, message) for text, message in parts_of_tools]
-    rendered = _render(tokenizer, messages, add_generation_prompt)
-    skeleton = _skeleton(tokenizer, messages, add_generation_prompt)
-    missing = set(range(len(messages))) - {part.message for part in skeleton}
-    if missing:
-        number = min(missing)
-        raise DataError(f"the chat template leaves out message {number + 1} ({messages[number]['role']})")
-    parts: list[_Part] = []
-    place = 0
-    for index, part in enumerate(skeleton):
-        if part.message is None:
-            text = part.text
-        else:
-            following = "".join(p.text for p in skeleton[index + 1 : index + 2])
-            text = _content(rendered, place, messages[part.message]["content"], following, encoder)
-        if not rendered.startswith(text, place):
-            raise _changed(messages, skeleton, index)
-        parts.append(_Part(text, part.message))
-        place += len(text)
-    if place != len(rendered):
-        raise _changed(messages, skeleton, len(skeleton) - 1)
-    return parts
+    parts = layout_chat(tokenizer, messages, encoder, answer_frame(tokenizer, encoder))
+    return token_counter(tokenizer).count(_text(parts, encoder))
 
 
-def _changed(messages: list[Message], skeleton: list[_Part], index: int) -> DataError:
-    number = next((p.message for p in reversed(skeleton[: index + 1]) if p.message is not None), 0)
-    return DataError(
-        f"the chat template changes message {number + 1} ({messages[number]['role']}) "
-        "so that it cannot be told from the template's own text"
-    )
+def _text(parts: list[Part], encoder: SafeEncoder) -> str:
+    """What is encoded: contents as they are, the template's special tokens by their secret names."""
+    return "".join(encoder.secret(part.text) if part.trusted else part.text for part in parts)
 
 
-def _skeleton(tokenizer: Any, messages: list[Message], add_generation_prompt: bool) -> list[_Part]:
-    """The rendering with placeholders for the contents, cut at them."""
-    marks = [f"placeholder{number}x" for number in range(len(messages))]
-    rendered = _render(
-        tokenizer,
-        [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)],
-        add_generation_prompt,
-    )
-    parts: list[_Part] = []
-    place = 0
-    found = sorted(
-        (start, number) for number, mark in enumerate(marks) for start in _occurrences(rendered, mark)
-    )
-    for start, number in found:
-        parts += [_Part(rendered[place:start], None), _Part("", number)]
-        place = start + len(marks[number])
-    return [*parts, _Part(rendered[place:], None)]
-
-
-def _occurrences(text: str, mark: str) -> list[int]:
-    places = []
-    start = text.find(mark)
-    while start >= 0:
-        places.append(start)
-        start = text.find(mark, start + len(mark))
-    return places
-
-
-def _content(rendered: str, place: int, content: str, following: str, encoder: SafeEncoder) -> str:
-    """The content as the template wrote it at `place`, before its own text `following`.
-
-    As given, or stripped; a template that changes it otherwise (drops an old turn's reasoning) is followed as
-    long as neither the content nor what became of it holds a special token's name, which could feign the
-    template's text.
-    """
-    for text in (content, content.strip(), content.lstrip(), content.rstrip()):
-        if rendered.startswith(text + following, place):
-            return text
-    end = rendered.find(following, place) if following else len(rendered)
-    text = rendered[place:end] if end >= 0 else ""
-    if encoder.secret(content) == content and encoder.secret(text) == text:
-        return text
-    return content
-
-
-def _answer_gap(tokenizer: Any) -> str:
-    """The spaces that the template puts between the prompt for an answer and the answer.
-
-    `[/INST] answer` is prompted for by `[/INST]`, so that the model has to write the space too.
-    """
-    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    try:
-        prompt = _render(tokenizer, [question], True)
-        whole = _render(tokenizer, [question, answer], False)
-    except DataError:
-        return ""
-    start = whole.rfind("answer")
-    gap = whole[len(prompt) : start] if whole.startswith(prompt) else ""
-    return gap if not gap.strip() else ""
-
-
-def _labels(
-    messages: list[Message],
-    parts: list[_Part],
+def _learnt(
+    wanted: frozenset[int],
+    parts: list[Part],
     ids: Int32,
     offsets: list[tuple[int, int]],
     encoder: SafeEncoder,
-    gap: str,
-    next_turn: int | None,
-) -> Int32:
-    """Labels of one encoded chat; the offsets count characters with special tokens by their secret names."""
+    frame: AnswerFrame,
+) -> npt.NDArray[np.bool_]:
+    """Which tokens the messages `wanted` teach; offsets count characters with special tokens by their secret names."""
     spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    learnt = np.zeros(len(ids), dtype=bool)
+    special = np.array([number in encoder.special_ids for number in ids.tolist()], dtype=bool)
+    learnt, foreign = np.zeros((2, len(ids)), dtype=bool)
     place = 0
     for index, part in enumerate(parts):
-        end = place + len(part.text if part.message is not None else encoder.secret(part.text))
-        if part.message is not None and messages[part.message]["role"] == "assistant":
-            # A token may cover both the template's text and the content; the model writes that token.
-            start = place - len(gap) * parts[index - 1].text.endswith(gap)
-            learnt |= (spans[:, 1] > start) & (spans[:, 0] < end)
-            before_end = np.flatnonzero(spans[:, 0] < end)
-            stop = int(before_end[-1]) + 1 if len(before_end) else 0
-            learnt[stop : _after_end_token(ids, stop, parts[index + 1].text, encoder, next_turn)] = True
+        end = place + len(encoder.secret(part.text) if part.trusted else part.text)
+        if part.message is None:
+            place = end
+            continue
+        covered = (spans[:, 1] > place) & (spans[:, 0] < end)
+        if part.message in wanted:
+            # A token may cover both the template's text and the content; the model writes that token. Not so a
+            # special token of the prompt that takes the spaces behind it (Phi-3's <|assistant|>).
+            learnt |= covered & ~(special & (spans[:, 0] < place))
+            following = parts[index + 1]
+            if following.message is None:
+                learnt |= _ending(ids, spans[:, 1] > end, following.text, encoder, frame)
+        else:
+            foreign |= covered
         place = end
-    if len(learnt):
-        learnt[0] = False  # nothing comes before the first token, so nothing predicts it
-    return np.where(learnt, ids, IGNORE).astype(np.int32)
+    return learnt & ~foreign
 
 
-def _after_end_token(
-    ids: Int32, stop: int, following: str, encoder: SafeEncoder, next_turn: int | None
-) -> int:
-    """Where the turn ends: after the end token, if the template puts one there (after spaces, maybe)."""
+def _ending(
+    ids: Int32, behind: npt.NDArray[np.bool_], following: str, encoder: SafeEncoder, frame: AnswerFrame
+) -> npt.NDArray[np.bool_]:
+    """The end token, if the template puts one after the answer, and the spaces before it.
+
+    Args:
+        ids: Token ids `[tokens]`.
+        behind: Which of them reach beyond the answer's end `[tokens]`.
+        following: The template's text after the answer.
+    """
+    found = np.zeros(len(ids), dtype=bool)
     end_token = encoder.special_at_start(following.lstrip())
-    if end_token is None or end_token == next_turn:
-        return stop
-    return stop + int(np.flatnonzero(ids[stop:] == end_token)[0]) + 1
+    if end_token is not None and end_token != frame.next_turn:
+        first = int(np.argmax(behind))
+        found[first : first + int(np.argmax(ids[first:] == end_token)) + 1] = True
+    return found

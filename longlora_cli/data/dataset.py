@@ -190,7 +190,7 @@ class ChunkDataset:
                 if manifest.meta.get(part) != manifests[0].meta.get(part):
                     raise IncompatibleError(
                         f"{folder} and {folders[0]} were prepared with different {name}s",
-                        hint="Prepare both with the same --model.",
+                        hint="Prepare both with the same --model and --chat-template.",
                     )
         return ChunkDataset(list(folders), manifests)
 
@@ -233,22 +233,46 @@ class ChunkDataset:
         content = self.manifests[0].meta.get("cost")
         return ChunkCost(**content) if content else default_cost()
 
-    def require_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a tokenizer other than the one the data was made with.
+    def require_tokenizer(self, tokenizer: Any, chat_template: str = "auto") -> None:
+        """Refuse a tokenizer or chat template other than the one the data was made with.
+
+        Args:
+            tokenizer: As it will be used, its chosen chat template in it.
+            chat_template: `--chat-template` as it was given.
 
         Raises:
-            IncompatibleError: The tokenizer or its chat template differs; the message says which.
+            IncompatibleError: One differs; the message says which, and what to type.
         """
         from longlora_cli.models.tokenizer import template_sha256, tokenizer_sha256
 
         for folder, manifest in zip(self.folders, self.manifests, strict=True):
-            for name, part, actual in (
-                ("tokenizer", "tokenizer_sha256", tokenizer_sha256(tokenizer)),
-                ("chat template", "template_sha256", template_sha256(tokenizer)),
-            ):
-                if manifest.meta[part] != actual:
-                    raise IncompatibleError(
-                        f"{folder} was prepared with another {name} than this model's "
-                        f"({manifest.meta[part][:12]} and {actual[:12]})",
-                        hint="Run longlora prepare again with --model set to this model.",
-                    )
+            then, now = manifest.meta["tokenizer_sha256"], tokenizer_sha256(tokenizer)
+            if then != now:
+                raise IncompatibleError(
+                    f"{folder} was prepared with another tokenizer than this model's ({then[:12]} and {now[:12]})",
+                    hint="Run longlora prepare again with --model set to this model.",
+                )
+            then, now = manifest.meta["template_sha256"], template_sha256(tokenizer)
+            if then != now:
+                chosen = manifest.meta.get("chat_template", "auto")
+                raise IncompatibleError(
+                    f"{folder} was prepared with another chat template: {_named(chosen)} ({then[:12]}), "
+                    f"not {_named(chat_template)} ({now[:12]})",
+                    hint=_remedy(chosen, chat_template),
+                )
+
+
+def _named(chat_template: str) -> str:
+    return "its model's own" if chat_template == "auto" else f"--chat-template {chat_template}"
+
+
+def _remedy(then: str, now: str) -> str:
+    """What to type when data were prepared with the template `then` and are to be used with `now`."""
+    again = "Run longlora prepare again with " + (
+        f"--chat-template {now}" if now != "auto" else "this --model"
+    )
+    if then == now:  # the same name, another text
+        return f"{again}." if then == "auto" else f"{then} has changed since: put it back. Or: {again}."
+    return (
+        f"Add --chat-template {then}. " if then != "auto" else "Leave --chat-template out. "
+    ) + f"Or: {again}."

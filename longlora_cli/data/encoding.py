@@ -71,15 +71,15 @@ class SafeEncoder:
         """Trusted text (a template's) with each special token written by its secret name."""
         return self._names.sub(lambda match: self._secret[match[0]], text)
 
+    def special_name_at_start(self, text: str) -> str:
+        """The usual name of the special token that trusted text begins with; empty when it begins with none."""
+        match = self._names.match(text)
+        return match[0] if match else ""
+
     def special_at_start(self, text: str) -> int | None:
         """The id of the special token whose usual name trusted text begins with, if it does."""
         name = self.special_name_at_start(text)
         return self._special[name] if name else None
-
-    def special_name_at_start(self, text: str) -> str | None:
-        """The usual name of the special token that trusted text begins with, if it does."""
-        match = self._names.match(text)
-        return match[0] if match else None
 
     def encode_batch(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
         """Ids of each text, int32 `[tokens]`, without begin and end tokens; all cores work on it."""

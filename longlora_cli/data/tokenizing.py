@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from longlora_cli.data.chat_template import render_chats, require_template
+from longlora_cli.data.chat_template import Labels, render_chats, require_template
 from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.data.chunking import TokenizedDocument
 from longlora_cli.data.documents import Document
@@ -37,7 +37,7 @@ def tokenize(
     documents: Iterable[Document],
     tokenizer: Any,
     *,
-    labels: Literal["assistant", "all"],
+    labels: Labels,
     kept: KeptTokens | None = None,
 ) -> Iterator[TokenizedDocument]:
     """Tokenize documents in order.
@@ -49,7 +49,7 @@ def tokenize(
     Args:
         documents: Texts and chats.
         tokenizer: A fast tokenizer.
-        labels: For chats: learn what the assistant says, or everything.
+        labels: For chats: what is learnt of them; see `render_chats`.
         kept: Where tokens are kept for a process that continues this one's work, and taken from.
 
     Raises:
@@ -61,7 +61,7 @@ def tokenize(
 
     def finish(group: list[_Work]) -> list[Tokens]:
         texts = iter(encoder.encode_pieces([(w.piece, w.begins) for w in group if w.piece is not None]))
-        chats = iter(_render(tokenizer, [w.document for w in group if w.piece is None]))
+        chats = iter(_render(tokenizer, [w.document for w in group if w.piece is None], labels))
         return [next(chats) if w.piece is None else (next(texts), None) for w in group]
 
     for work, (ids, learnt) in _in_threads(_keeping(finish, kept), _groups(_works(encoder, documents))):
@@ -70,7 +70,7 @@ def tokenize(
             if not work.ends:
                 continue
             ids, pieces = np.concatenate([begin, *pieces, end]), []
-        if learnt is None or labels == "all":
+        if learnt is None:
             learnt = ids.copy()
             learnt[:1] = IGNORE
         yield TokenizedDocument(work.document.source, work.document.is_chat, ids, learnt)
@@ -176,14 +176,14 @@ def _in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _render(tokenizer: Any, documents: list[Document]) -> list[tuple[Int32, Int32]]:
+def _render(tokenizer: Any, documents: list[Document], labels: Labels) -> list[tuple[Int32, Int32]]:
     if not documents:
         return []
     require_template(tokenizer)
     chats = [document.content for document in documents if isinstance(document.content, list)]
     tools = [document.tools for document in documents]
     try:
-        return render_chats(tokenizer, chats, tools=tools)
+        return render_chats(tokenizer, chats, labels=labels, tools=tools)
     except DataError:
         for document, chat in zip(documents, chats, strict=True):  # find the one that is meant
             try:

@@ -66,7 +66,7 @@ def make_evaluator(config: TrainConfig, loaded: LoadedModel, mesh: Mesh) -> Eval
 
 def _perplexity(config: TrainConfig, path: Path, loaded: LoadedModel, mesh: Mesh) -> Evaluator:
     chunks = ChunkDataset.open(path)
-    chunks.require_tokenizer(loaded.tokenizer)
+    chunks.require_tokenizer(loaded.tokenizer, config.chat_template)
     number = min(len(chunks), config.eval_samples or len(chunks))
     mine = [chunks[index] for index in range(mesh.rank, number, mesh.world)]
 

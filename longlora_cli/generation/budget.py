@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from longlora_cli.config import ModelSection, RopeSection
 from longlora_cli.errors import ResourceError
 from longlora_cli.models.loading import ModelFacts, choose_device
 from longlora_cli.models.rope import RopeRecord, extend
 from longlora_cli.models.source import ModelSource, base_folder, resolve
 from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.sections import ModelSection, RopeSection
 
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes of a weight with its scales; embeddings and norms, which stay in 16 bits, are not told apart here.
@@ -71,7 +71,9 @@ def outline_model(
     parameters = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / _stored_bytes(config)
     return ModelOutline(
         source=source,
-        tokenizer=load_tokenizer(source.adapter if has_tokenizer and source.adapter else source.base),
+        tokenizer=load_tokenizer(
+            source.adapter if has_tokenizer and source.adapter else source.base, section.chat_template
+        ),
         facts=facts,
         context_length=context_length or length,
         device=device,

@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longlora_cli.data.chat_template import Message, encode_prompt, render_chat, require_template
+from longlora_cli.data.chat_template import Message, encode_prompt, render_chat, render_text, require_template
 from longlora_cli.data.chunk import IGNORE
 from longlora_cli.data.encoding import safe_encoder
-from longlora_cli.errors import DataError
 
 _STAND_IN = "stand-in of an earlier turn"
 
@@ -153,13 +152,4 @@ class Conversation:
         return chat.ids[end:]
 
     def _render(self, messages: list[Message]) -> str:
-        import jinja2
-
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"the chat template refuses the conversation: {reason}") from error
-        return text
+        return render_text(self._tokenizer, messages, add_generation_prompt=True)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from longlora_cli.data.chat_template import end_token_id
 from longlora_cli.errors import SettingsError
 from longlora_cli.generation.prefill import (
     Advance,
@@ -74,19 +75,8 @@ def stop_ids(loaded: LoadedModel) -> frozenset[int]:
     for config in (getattr(loaded.causal_lm, "generation_config", None), loaded.causal_lm.config):
         own = getattr(config, "eos_token_id", None)
         found |= set(own) if isinstance(own, list | tuple) else {own}
-    found.add(_end_of_turn(loaded.tokenizer))
+    found.add(end_token_id(loaded.tokenizer))
     return frozenset(token for token in found if token is not None)
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    from longlora_cli.data.chat_template import render_chat
-    from longlora_cli.data.chunk import IGNORE
-
-    if not tokenizer.chat_template:
-        return None
-    chat = render_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    learnt = [label for label in chat.labels if label != IGNORE]
-    return learnt[-1] if learnt and learnt[-1] in tokenizer.all_special_ids else None
 
 
 def refuse_overflow(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from longlora_cli.data.chat_template import end_token_id
 from longlora_cli.errors import IncompatibleError, IntegrityError, ResourceError
 from longlora_cli.merging.plan import Ingredient, MergePlan
 from longlora_cli.models.adapter_tensors import ADAPTER_CONFIG
 from longlora_cli.models.rope import RopeRecord
 from longlora_cli.models.source import RECORD
 from longlora_cli.models.tensors import DTYPES
+from longlora_cli.models.tokenizer import load_tokenizer
 from longlora_cli.storage import MANIFEST, is_artifact, read_manifest, sha256_of
 
 MIX_RECORD = "merge.json"
@@ -157,6 +159,8 @@ def write_companions(plan: MergePlan, dtype: str, staging: Path) -> None:
         if plan.record is not None:
             (staging / RECORD).write_text(plan.record.to_json(), encoding="utf-8")
     _write_tokenizer(plan.ingredients, plan.context_length, staging)
+    if plan.peft_config is None:
+        _end_answers(plan, staging)
 
 
 def _write_tokenizer(ingredients: Sequence[Ingredient], context_length: int | None, staging: Path) -> None:
@@ -190,6 +194,24 @@ def _write_config(plan: MergePlan, dtype: str, staging: Path) -> None:
     _write(staging / "config.json", content)
     if (base.folder / "generation_config.json").is_file():
         shutil.copyfile(base.folder / "generation_config.json", staging / "generation_config.json")
+
+
+def _end_answers(plan: MergePlan, staging: Path) -> None:
+    """Let the model stop where its template ends an answer, when it was trained with another one than its base's.
+
+    Servers stop at the `eos_token_id` of generation_config.json, in which the base has its own template's.
+    """
+    if _template(staging) == _template(plan.base.folder) or not (staging / _TOKENIZER).is_file():
+        return
+    end = end_token_id(load_tokenizer(staging))
+    path = staging / "generation_config.json"
+    config = _read(staging / "config.json")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    content = _read(path) if path.is_file() else {name: config[name] for name in names if name in config}
+    stops = content.get("eos_token_id")
+    known = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if end is not None and end not in known:
+        _write(path, content | {"eos_token_id": [*known, end]})
 
 
 def config_keys(rope: RopeRecord) -> dict[str, Any]:

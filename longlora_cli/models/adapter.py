@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from longlora_cli.config import AdapterSection
 from longlora_cli.errors import IncompatibleError, SettingsError
 from longlora_cli.models.source import RECORD, AdapterRecord
+from longlora_cli.sections import AdapterSection
 
 
 def attach(model: Any, section: AdapterSection, *, quantization: str) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlora_cli.config import ModelSection, RopeSection
 from longlora_cli.errors import IncompatibleError, NotFoundError, SettingsError
 from longlora_cli.memory.attention import attention_name
 from longlora_cli.memory.loss import head_weight
@@ -28,6 +27,7 @@ from longlora_cli.models.rope import RopeRecord
 from longlora_cli.models.source import AdapterRecord, ModelSource, base_folder, fingerprint, resolve
 from longlora_cli.models.tensors import DTYPES
 from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.sections import ModelSection, RopeSection
 
 # Above this size training quantizes by default: 16-bit weights of 1B parameters take 2 GB, NF4 0.6.
 _QUANTIZE_ABOVE = 1_000_000_000
@@ -186,7 +186,9 @@ def load_model(
         if not (foldable and fold(model, folder, source.adapter, source.record)):
             model = adapters.load(model, source.adapter, trainable=training)
     own_tokenizer = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(source.adapter if own_tokenizer and source.adapter else source.base)
+    tokenizer = load_tokenizer(
+        source.adapter if own_tokenizer and source.adapter else source.base, section.chat_template
+    )
     if not training:
         model.eval()
     return LoadedModel(

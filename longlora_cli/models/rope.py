@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longlora_cli.config import RopeSection
 from longlora_cli.errors import IncompatibleError, SettingsError
+from longlora_cli.sections import RopeSection
 
 _ORIGINAL = "original_max_position_embeddings"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_cli.errors import DataError, NotFoundError
+from longlora_cli.models.template_choice import OWN, choose_template
 
 BUILTIN = Path(__file__).parent / "builtin"
 # The parts of tokenizer.json that change ids; padding and truncation are the caller's business.
@@ -19,12 +20,13 @@ _IDENTITY = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "m
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(name_or_folder: str | Path) -> Any:
+def load_tokenizer(name_or_folder: str | Path, chat_template: str = OWN) -> Any:
     """Load a fast tokenizer without running foreign code.
 
     Args:
         name_or_folder: A folder (model, run or adapter, each with its own tokenizer files), `builtin` for the
             model shipped in this package, or a hub name.
+        chat_template: The template that it renders with; see `choose_template`.
 
     Returns:
         A `PreTrainedTokenizerFast`.
@@ -32,6 +34,7 @@ def load_tokenizer(name_or_folder: str | Path) -> Any:
     Raises:
         NotFoundError: No such folder, or the hub cannot be reached and its files are not in the local cache.
         DataError: The folder holds no tokenizer, a damaged one, or one without a `tokenizers` backend.
+        SettingsError, NotFoundError, DataError: From `choose_template`.
     """
     from transformers import AutoTokenizer
 
@@ -62,6 +65,7 @@ def load_tokenizer(name_or_folder: str | Path) -> Any:
             f"{name_or_folder} has no fast tokenizer",
             rule="Labels come from token offsets, which only tokenizer.json backends give.",
         )
+    choose_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -78,6 +82,12 @@ def template_sha256(tokenizer: Any) -> str:
     template = tokenizer.chat_template or ""
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def was_trained_otherwise(adapter: Path | None, tokenizer: Any) -> bool:
+    """Whether the adapter folder holds another chat template than the tokenizer was given."""
+    path = adapter / "chat_template.jinja" if adapter is not None else None
+    return path is not None and path.is_file() and path.read_text(encoding="utf-8") != tokenizer.chat_template
 
 
 def _first_line(error: Exception) -> str:

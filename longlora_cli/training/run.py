@@ -70,7 +70,7 @@ class Run:
         run._refuse_other_settings(config)
         before = run.state()["facts"]
         for name, value in facts.items():
-            if before.get(name) != value:
+            if name in before and before[name] != value:  # a run of an older version may not have noted it
                 raise IntegrityError(
                     f"{folder} was started with another {name.replace('_', ' ')}",
                     rule=f"Then {before.get(name)}, now {value}.",

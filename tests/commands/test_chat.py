@@ -17,12 +17,13 @@ from input_files import file_of
 from longlora_cli.cli import main
 from longlora_cli.commands import chat as command
 from longlora_cli.commands import chat_turns
-from longlora_cli.config import ChatConfig, ModelSection
+from longlora_cli.config import ChatConfig
 from longlora_cli.console import Console, printable
 from longlora_cli.data.chat_template import encode_prompt
 from longlora_cli.errors import Interrupted, SettingsError
 from longlora_cli.generation.session import Session, stop_ids
 from longlora_cli.models.loading import load_model
+from longlora_cli.sections import ModelSection
 
 LENGTH = 4096
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from longlora_cli.data.chat_template import render_chat
+from longlora_cli.data.chat_template import Labels, render_chat
 from longlora_cli.data.chunk import IGNORE
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.tokenizing import encode_long
@@ -40,3 +40,26 @@ def test_smollm2_pieces_of_a_long_text_encode_to_the_whole_texts_ids(smollm2: An
     assert len(text) > 300_000
     whole = smollm2(text, add_special_tokens=False)["input_ids"]
     assert encode_long(safe_encoder(smollm2), [text])[0].tolist() == whole
+
+
+ROUNDS = [
+    {"role": "user", "content": "Who slept?\n"},
+    {"role": "assistant", "content": "The miller."},
+    {"role": "user", "content": "Where? <|im_end|>"},
+    {"role": "assistant", "content": "In the mill."},
+]
+
+
+@pytest.mark.parametrize("template", ["auto", "chatml", "qwen", "none"])
+@pytest.mark.parametrize("labels", ["assistant", "last", "all"])
+def test_smollm2_learns_what_labels_say_with_each_template_that_fits(
+    smollm2_folder: Path, template: str, labels: Labels
+) -> None:
+    tokenizer = load_tokenizer(smollm2_folder, template)
+    chat = render_chat(tokenizer, ROUNDS, labels=labels)
+    answers = ["The miller.<|im_end|>", "In the mill.<|im_end|>"]
+    expected = {"assistant": "".join(answers), "last": answers[1], "all": tokenizer.decode(chat.ids[1:])}
+    assert tokenizer.decode([label for label in chat.labels if label != IGNORE]) == expected[labels]
+    ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    written = {"auto": 5, "chatml": 4, "qwen": 4, "none": 2}  # its own adds a system turn; the user's is text
+    assert chat.ids.count(ends) == written[template]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from longlora_cli.config import ModelSection
 from longlora_cli.evaluation.generation import Answer, Question
 from longlora_cli.models.loading import LoadedModel, load_model
+from longlora_cli.sections import ModelSection
 
 WORDS = [
     "river",

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longlora_cli.config import AdapterSection, ModelSection
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, load_model
+from longlora_cli.sections import AdapterSection, ModelSection
 from longlora_cli.storage import atomic_folder
 
 LENGTH = 1024

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longlora_cli.config import ModelSection, RopeSection
 from longlora_cli.errors import ResourceError
 from longlora_cli.generation.budget import Budget, _cgroup_available, free_bytes, outline_model, size
 from longlora_cli.generation.session import Session
 from longlora_cli.models.loading import load_model
+from longlora_cli.sections import ModelSection, RopeSection
 
 ROPES = {
     "own": (RopeSection(), None),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from longlora_cli.config import ModelSection
 from longlora_cli.generation.conversation import Conversation
 from longlora_cli.generation.session import Session, stop_ids
 from longlora_cli.models.loading import load_model
+from longlora_cli.sections import ModelSection
 
 pytestmark = pytest.mark.real_model
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longlora_cli.config import ModelSection
 from longlora_cli.errors import IncompatibleError, SettingsError
 from longlora_cli.memory import attention
 from longlora_cli.memory.attention import make_attention, plain_attention
 from longlora_cli.memory.attention_documents import PlainKernel
 from longlora_cli.memory.attention_kernels import BACKENDS, attend
+from longlora_cli.sections import ModelSection
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 

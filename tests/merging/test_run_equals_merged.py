@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longlora_cli.config import ModelSection
 from longlora_cli.errors import NumericError
 from longlora_cli.generation.session import Session
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, load_model
+from longlora_cli.sections import ModelSection
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

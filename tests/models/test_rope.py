@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from longlora_cli.config import RopeSection
 from longlora_cli.errors import IncompatibleError, SettingsError
 from longlora_cli.models.rope import RopeRecord, extend, inverse_frequencies, verify
+from longlora_cli.sections import RopeSection
 
 BASE = RopeRecord({"rope_type": "default", "rope_theta": 10_000.0}, 128)
 METHODS: list[dict[str, Any]] = [
