@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from longlora_cli.config import ChatConfig, EvalConfig, MergeConfig, PrepareConfig, TrainConfig, parse_length
+from longlora_cli.config import ChatConfig, EvalConfig, MergeConfig, PrepareConfig, TrainConfig
+from longlora_cli.values import parse_length
 
 TRAIN = {"data": ["d"], "out": "o"}
 
