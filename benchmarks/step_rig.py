@@ -317,7 +317,7 @@ def measure_or_none(
     try:
         return measure(rig, tokens, steps, short_warm_up=short_warm_up)
     except (torch.OutOfMemoryError, ResourceError) as error:
-        say(f"{rig.stack:9} {tokens:>9,}  does not fit: {str(error).splitlines()[0][:120]}")
+        say(f"{rig.stack:9} {tokens:>9,}  does not fit: {str(error).splitlines()[0]}")
     rig.optimizer.zero_grad(set_to_none=True)
     release(rig.device)
     return None

@@ -45,6 +45,7 @@ class Slot:
     size_bytes: int
     offset: int = 0
     ended: bool = False
+    turn: int = 0  # of the arena, when the copy out began
     # The tensor itself while it stays on the GPU or is still being copied out; the fresh one while it comes back.
     source: Tensor | None = field(default=None, repr=False)
     fetched: Tensor | None = field(default=None, repr=False)
@@ -85,6 +86,7 @@ class HostArena:
         self._out = torch.cuda.Stream(self.device) if gpu else None
         self._in = torch.cuda.Stream(self.device) if gpu else None
         self._leaving: deque[Slot] = deque()
+        self._turn = 0
         # Blocks whose last copy is still under way: (event, offset, bytes, tensor that the copy needs).
         self._ending: deque[tuple[torch.cuda.Event, int, int, Tensor | None]] = deque()
         self._failure: BaseException | None = None
@@ -145,6 +147,25 @@ class HostArena:
             else:
                 raise ValueError(f"place is {place!r}, must be gpu, host, or disk with a folder given")
         return slot
+
+    def next_turn(self) -> None:
+        """A layer's work begins: what left the GPU before the last such moment gives its memory back.
+
+        The CPU queues kernels seconds ahead of the GPU (a layer's attention takes 15 s at a million tokens), so it sees
+        no copy end in time; the compute stream waits for the copies instead, which had a layer's work to end in.
+        """
+        with self._call():
+            self._turn += 1
+            while self._leaving and self._leaving[0].turn < self._turn - 1:
+                self._let_go(self._leaving.popleft())
+
+    def _let_go(self, slot: Slot) -> None:
+        if isinstance(slot.saved, Future):
+            slot.saved.result()
+        elif slot.saved is not None:
+            # In stream order the memory may be reused after this; the CPU does not wait.
+            torch.cuda.current_stream(self.device).wait_event(slot.saved)
+        slot.source = None
 
     def prefetch(self, slot: Slot) -> None:
         """Start copying back into a fresh device tensor, on a stream of its own; a second call does nothing."""
@@ -268,13 +289,10 @@ class HostArena:
             self._copy(slot, data, to_host=True)
         slot.saved = self._out.record_event()
         slot.source = data
+        slot.turn = self._turn
         self._leaving.append(slot)
         if len(self._leaving) > _LEAVING:
-            oldest = self._leaving.popleft()
-            assert isinstance(oldest.saved, torch.cuda.Event)  # only such slots are appended here
-            # In stream order the memory may be reused after this; the CPU does not wait.
-            compute.wait_event(oldest.saved)
-            oldest.source = None
+            self._let_go(self._leaving.popleft())
 
     def _spill_out(self, slot: Slot, data: Tensor, spill: SpillFile) -> None:
         offset = spill.blocks.take(slot.size_bytes)
@@ -284,6 +302,7 @@ class HostArena:
         self.disk_used_bytes += in_pages(slot.size_bytes)
         self.disk_peak_bytes = max(self.disk_peak_bytes, self.disk_used_bytes)
         slot.saved = spill.write(data, offset)
+        slot.turn = self._turn
         self._leaving.append(slot)
         waiting = [s.saved for s in self._leaving if isinstance(s.saved, Future)]
         if len(waiting) > _LEAVING:

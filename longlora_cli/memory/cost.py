@@ -192,7 +192,9 @@ class StepCost:
         x = self.sizes[INPUT]
         total = own.sum(1)
         earlier = np.cumsum(total, 1) - total
-        forward = earlier + self._forward_run(places, setting) + _shift(away.sum(1), 1)
+        # The graph's call holds a group's input until its last layer; in its second layer that is still on its way out.
+        held = ((groups.depth > 1) & (groups.at_start(places[:, INPUT]) != GPU)) * x
+        forward = earlier + held + self._forward_run(places, setting) + _shift(away.sum(1), 1)
         loss = total.sum(1) + x + self.loss_bytes(setting) + away[:, :, -1].sum(1)
         inner = self._inner(own, groups, setting, GPU)
         up, down = self._arriving(places, away, groups, setting)

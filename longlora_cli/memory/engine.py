@@ -215,6 +215,7 @@ class _Group(torch.autograd.Function):
 def _forward_layer(step: _Step, index: int, x: Tensor) -> Tensor:
     """One layer of the first pass, keeping what the plan says."""
     plan: LayerPlan = step.plan.layers[index]
+    step.engine.arena.next_turn()
     layer = step.engine.layers[index].load(x.dtype, x.device)
     kept = _Kept(input=step.save(x, plan.input))
     step.kept.append(kept)
@@ -236,10 +237,12 @@ def _save_pair(step: _Step, attended: Tensor, lse: Tensor, place: str) -> tuple[
 
 def _backward_group(step: _Step, group: range, grad: Tensor, sums: GradientSums) -> None:
     """Recompute a group from its first input, then go back through it; `grad` changes in place."""
-    plan = step.plan
+    plan, arena = step.plan, step.engine.arena
+    arena.next_turn()
     x = _take(step, step.kept[group.start], "input")
     inner: dict[int, _Kept] = {}
     for index in group[:-1]:
+        arena.next_turn()
         _prefetch(step, step.kept[index + 1], whole=index + 1 == group[-1])
         layer = step.engine.layers[index].load(x.dtype, x.device)
         attended, lse, qkv = _attended(step, index, layer, x)
@@ -249,6 +252,7 @@ def _backward_group(step: _Step, group: range, grad: Tensor, sums: GradientSums)
         x = y
         del attended, lse, qkv, y, layer  # its matrices too: two layers' would take 0.8 GiB of an 8B model
     for index in reversed(group):
+        arena.next_turn()
         layer = step.engine.layers[index].load(grad.dtype, grad.device)
         if index in inner:
             x = _take(step, inner[index], "input")
@@ -256,6 +260,7 @@ def _backward_group(step: _Step, group: range, grad: Tensor, sums: GradientSums)
             qkv = None
         else:
             attended, lse, qkv = _attended(step, index, layer, x)
+            arena.next_turn()  # the layers above have left by now; what comes back takes their room
         if index > group.start:
             _prefetch(step, inner[index - 1], whole=True)
             _prefetch(step, step.kept[index - 1], whole=True)

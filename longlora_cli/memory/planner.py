@@ -168,6 +168,7 @@ class _Search:
         fixed: What the user fixed.
         host_limit: Host memory for activations.
         moved_bytes: Of the embedding, when it is on the host.
+        shifted: The heads attend in two halves (S2-Attn), so no call has all of them.
     """
 
     cost: StepCost
@@ -175,6 +176,7 @@ class _Search:
     fixed: Fixed
     host_limit: int
     moved_bytes: int = 0
+    shifted: bool = False
 
     @classmethod
     def ways(
@@ -197,12 +199,12 @@ class _Search:
             )
         fixed = Fixed.of(explicit, shape, machine)
         squares, host = squared_lengths(lengths, shifted_group), machine.host_bytes_for_activations
-        ways = []
+        ways, halves = [], shifted_group > 0
         if fixed.embedding != "host":
-            ways.append(cls(StepCost(shape, tokens, squares, machine), machine, fixed, host))
+            ways.append(cls(StepCost(shape, tokens, squares, machine), machine, fixed, host, 0, halves))
         if fixed.embedding != "gpu" and (moved := shape.embedding_bytes):
             cost = StepCost(shape.without_embedding(), tokens, squares, machine)
-            ways.append(cls(cost, machine, fixed, host - moved - STAGING_BYTES, moved))
+            ways.append(cls(cost, machine, fixed, host - moved - STAGING_BYTES, moved, halves))
         return ways
 
     @functools.cached_property
@@ -244,7 +246,8 @@ class _Search:
         if self.fixed.kv_heads_per_call is not None:
             return (self.fixed.kv_heads_per_call,)
         divisors = {h for h in (shape.kv_heads // 2, 1) if h and shape.kv_heads % h == 0}
-        choices = [0, *sorted(divisors - {shape.kv_heads}, reverse=True)]
+        whole = [] if self.shifted and shape.kv_heads > 1 else [0]
+        choices = [*whole, *sorted(divisors - {shape.kv_heads}, reverse=True)]
         per_head = self.cost.tokens * shape.heads // shape.kv_heads * shape.head_dim
         indexable = [h for h in choices if per_head * (h or shape.kv_heads) < _MOST_ELEMENTS]
         return indexable or choices[-1:]

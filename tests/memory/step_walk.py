@@ -146,12 +146,16 @@ class Walk:
     def _forward(self, i: int) -> None:
         plan = self.plan.layers[i]
         arriving, self.leaving = self.leaving, []
+        group = next(g for g in self.plan.groups() if i in g)
+        held = i > group.start + 1 and self.plan.layers[group.start].input != "gpu"
+        if held:  # the call of the whole group has it as its argument
+            self.ledger.put("gpu", ("held", i), self.size["input"])
         self._project(i)
         self._attend(i)
         if plan.qkv == "recompute":
             self.ledger.drop("gpu", ("qkv", i))
         self._finish(i, keep_gate_up=plan.gate_up != "recompute")
-        for name in arriving:
+        for name in [*arriving, *([("held", i)] if held else [])]:
             self.ledger.drop("gpu", name)
         for kind in ("input", "attention"):
             self._keep(kind, i, plan.place(kind))

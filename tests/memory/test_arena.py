@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -421,3 +423,31 @@ def test_on_a_gpu_copies_run_at_more_than_20_gigabytes_a_second(capsys: pytest.C
             f"out {out:.1f} GB/s, back {back:.1f} GB/s, registered in {registered / 3:.2f} s/GiB\n"
         )
     assert min(out, back) > 20
+
+
+@pytest.mark.gpu
+def test_what_left_two_turns_ago_gives_its_memory_back_while_the_gpu_is_busy() -> None:
+    device = torch.device("cuda", 0)
+    with HostArena(device, 2**26) as arena:
+        arena.reserve(2**25)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda._sleep(2 * 10**9)  # about a second: the CPU is far ahead of every copy below
+        for _ in range(4):
+            arena.next_turn()
+            arena.save(torch.ones(2**20, device=device))
+        arena.next_turn()
+        held = torch.cuda.memory_allocated(device) - before
+        torch.cuda.synchronize(device)
+    assert held == 2**22  # the last one's
+
+
+def test_a_write_to_disk_of_two_turns_ago_is_waited_for(tmp_path: Path) -> None:
+    with HostArena(torch.device("cpu"), 2**20, disk=tmp_path, disk_bytes=2**20) as arena:
+        slot = arena.save(torch.ones(2**10), place="disk")
+        slow: Future[None] = Future()
+        slot.saved = slow
+        arena.next_turn()
+        assert not slow.done()
+        threading.Timer(0.2, slow.set_result, [None]).start()
+        arena.next_turn()
+        assert slow.done()

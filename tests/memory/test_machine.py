@@ -209,7 +209,7 @@ def test_an_impossible_machine_is_refused(wrong: dict[str, float]) -> None:
 
 @pytest.mark.gpu
 def test_a_real_gpu_has_between_nothing_and_all_of_its_memory() -> None:
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     machine = Machine.detect(device)
     total = torch.cuda.mem_get_info(device)[1]
     assert 0 < machine.gpu_bytes <= total + CONTEXT_BYTES

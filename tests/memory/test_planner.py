@@ -342,6 +342,12 @@ def test_the_planner_would_have_predicted_the_measured_steps_within_a_twentieth(
     assert plan.predicted.seconds == pytest.approx(seconds, rel=0.05)
 
 
+@pytest.mark.parametrize("tokens", [8192, 65536])
+def test_shifted_attention_is_planned_in_halves_of_the_heads(tokens: int) -> None:
+    plan = make_plan(llama_8b(32, 0.0), tokens, card(80, 120), shifted_group=2048)
+    assert plan.kv_heads_per_call == 4
+
+
 EMBEDDING_BYTES = 128256 * 4096 * 2
 
 
