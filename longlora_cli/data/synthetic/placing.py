@@ -141,7 +141,11 @@ def _fit(
         if tokens > length:  # a word more or less can be a token too many each time: aim a little below
             budget -= 1 + length // 500
     if best is None:  # what was drawn again for this text is longer than what was counted
-        raise DataError(f"{len(sheet.lines)} facts need {bare} tokens, more than {length}")
+        raise DataError(
+            f"{len(sheet.lines)} facts with their questions take {bare:,} of the {length:,} tokens of a chat: no text "
+            "fits between them",
+            hint="Hide fewer facts, ask fewer questions, or make the chats longer.",
+        )
     return best
 
 
