@@ -110,6 +110,7 @@ class GroupPass:
         weakref.finalize(self, _drop, self.arena, self.slots).atexit = False
         output: Any = hidden
         for position, call in enumerate(self.calls):
+            self.arena.next_turn()
             hidden = first(output)
             self.ambients.append(Ambient.now(hidden.device))
             layer = _LayerPass(self, position, hidden.requires_grad)
@@ -130,6 +131,7 @@ class GroupPass:
         """
         if not self._filled:
             self._fill()
+        self.arena.next_turn()
         if position == len(self.calls) - 1:
             hidden, self._last = self._last, None
         else:
@@ -152,6 +154,7 @@ class GroupPass:
         if before is not None:
             before.prefetch()
         for position, call in enumerate(self.calls[:-1]):
+            self.arena.next_turn()
             self.slots[position] = self.arena.save(hidden, place=self.inner_place)
             with self.ambients[position].again():
                 hidden = first(call(hidden))
