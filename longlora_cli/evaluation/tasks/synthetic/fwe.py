@@ -19,9 +19,7 @@ TEMPLATE = (
     "words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most "
     "frequently appeared words in the above coded text?"
 )
-ANSWER_PREFIX = (
-    " Answer: According to the coded text above, the three most frequently appeared words are:"
-)
+ANSWER_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
 MAX_NEW_TOKENS = 50
 _ZETA_2 = math.pi**2 / 6
 _LETTERS = 6
@@ -34,7 +32,10 @@ def fwe(request: Request) -> Sample:
     rng = request.rng("words")
     fresh = Fresh("")
     number = max(40, request.length // 50)
-    words = ["...", *(fresh.draw(lambda: "".join(rng.choices(ascii_lowercase, k=_LETTERS))) for _ in range(number))]
+    words = [
+        "...",
+        *(fresh.draw(lambda: "".join(rng.choices(ascii_lowercase, k=_LETTERS))) for _ in range(number)),
+    ]
 
     def compose(count: int) -> Sample:
         entries: list[str] = []

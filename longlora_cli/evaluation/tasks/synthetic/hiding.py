@@ -10,7 +10,13 @@ from itertools import accumulate, islice
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.request import Request, fit, is_full, unit_costs
 
-NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+NOISE = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
 """RULER's noise (NVIDIA, Apache-2.0), sentence by sentence."""
 
 

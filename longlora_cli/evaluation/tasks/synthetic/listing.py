@@ -37,7 +37,12 @@ def fit_padded(request: Request, costs: Sequence[int], compose: Padded, *, least
 
 
 def list_around(
-    request: Request, units: Sequence[str], target: str, finish: Callable[[list[str], float, str], Sample]
+    request: Request,
+    units: Sequence[str],
+    target: str,
+    finish: Callable[[list[str], float, str], Sample],
+    *,
+    least: int = 0,
 ) -> Sample:
     """The sample whose list has the target at the request's depth, measured in tokens, among as many units as fit.
 
@@ -46,6 +51,7 @@ def list_around(
         units: At least as many as fit; the target is not among them.
         target: The unit that is asked for.
         finish: The sample for a list, the depth that the target came to stand at, and a padding after the list.
+        least: Fewest units beside the target.
 
     Raises:
         SettingsError: The length does not hold the target and the question.
@@ -62,7 +68,7 @@ def list_around(
         listed = [*units[:gap], target, *units[gap:count]]
         return finish(listed, ends[gap] / max(ends[count], 1), padding)
 
-    return fit_padded(request, costs, compose)
+    return fit_padded(request, costs, compose, least=least)
 
 
 def lines_of(listed: Sequence[str], padding: str) -> str:

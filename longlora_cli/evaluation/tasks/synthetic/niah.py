@@ -83,15 +83,16 @@ def _in_text(request: Request, flavour: Flavour) -> Sample:
     depths = request.some_depths(flavour.key_count * flavour.value_count)
     pairs = [(key, value) for key, own in zip(keys, values, strict=True) for value in own]
     lines = [
-        Hidden(
-            NEEDLE.format(kind=flavour.values, key=key, value=value), depth, "\n" if is_noise else " "
-        )
+        Hidden(NEEDLE.format(kind=flavour.values, key=key, value=value), depth, "\n" if is_noise else " ")
         for (key, value), depth in zip(pairs, depths, strict=True)
     ]
 
     def finish(context: str, places: list[float]) -> Sample:
         # The first needle has the depth that was asked for; the keys have no order of their own.
-        asked, outputs = keys[: flavour.query_count], [v for own in values[: flavour.query_count] for v in own]
+        asked, outputs = (
+            keys[: flavour.query_count],
+            [v for own in values[: flavour.query_count] for v in own],
+        )
         return _sample(request, flavour, context, asked, outputs, places[: len(outputs)])
 
     return hide(request, pool, lines, finish)

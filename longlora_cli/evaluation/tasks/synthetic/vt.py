@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from itertools import pairwise
 from string import ascii_uppercase
 
 from longlora_cli.errors import SettingsError
@@ -51,9 +52,7 @@ def vt(request: Request) -> Sample:
 
         def finish(context: str, found: list[float], shown: str = shown, blocks: int = blocks) -> Sample:
             return request.make(
-                messages=[
-                    {"role": "user", "content": shown + TEMPLATE.format(context=context, query=value)}
-                ],
+                messages=[{"role": "user", "content": shown + TEMPLATE.format(context=context, query=value)}],
                 outputs=names,
                 scorer="ruler.all",
                 max_new_tokens=MAX_NEW_TOKENS,
@@ -74,7 +73,7 @@ def _letters(rng: random.Random, count: int) -> str:
 
 
 def _chain(names: list[str], value: str) -> list[str]:
-    copies = [f"VAR {name} = VAR {source} " for source, name in zip(names, names[1:], strict=False)]
+    copies = [f"VAR {name} = VAR {source} " for source, name in pairwise(names)]
     return [f"VAR {names[0]} = {value}", *copies]
 
 
