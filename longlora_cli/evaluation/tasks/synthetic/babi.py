@@ -1,7 +1,7 @@
 """Small stories of people, things and rooms, told between the sentences of a text.
 
-After bAbI's first three tasks (Weston et al. 2015, arXiv:1502.05698) in a book, as BABILong puts them (Kuratov et al. 2024,
-arXiv:2406.10149), whose rule judges the answer. The grammar is written anew.
+After bAbI's first three tasks (Weston et al. 2015, arXiv:1502.05698) in a book, as BABILong puts them (Kuratov et
+al. 2024, arXiv:2406.10149), whose rule judges the answer. The grammar is written anew.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _MOVES = ("{who} went to the {room}.", "{who} walked to the {room}.", "{who} mov
 _TAKES = ("{who} picked up the {thing}.", "{who} took the {thing}.")
 _DROPS = ("{who} dropped the {thing}.", "{who} put down the {thing}.")
 TEMPLATE = (
-    "Between the sentences of the text below there are facts about where {people} are and what they carry. Answer the question "
-    "from these facts alone, with one word for the place.\n\n{context}\n\nQuestion: {question}"
+    "Between the sentences of the text below there are facts about where {people} are and what they carry. Answer "
+    "the question from these facts alone, with one word for the place.\n\n{context}\n\nQuestion: {question}"
 )
 MAX_NEW_TOKENS = 20
 

@@ -1,7 +1,7 @@
 """Code: functions that call each other and add a number, and a module in which one function is wrong.
 
-After InfiniteBench's Code.Run and Code.Debug (Zhang et al. 2024, arXiv:2402.13718), whose rules judge the answers; all code is
-generated.
+After InfiniteBench's Code.Run and Code.Debug (Zhang et al. 2024, arXiv:2402.13718), whose rules judge the answers;
+all code is generated.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ RUN_TEMPLATE = (
     "Here is a Python module.\n\n{code}\n\nWhat does {name}({argument}) return? Reply with the number only."
 )
 DEBUG_TEMPLATE = (
-    "Exactly one function of this Python module fails whenever it is called.\n\n{code}\n\nWhich one?\n{options}\nReply with the "
-    "letter of the right answer."
+    "Exactly one function of this Python module fails whenever it is called.\n\n{code}\n\nWhich "
+    "one?\n{options}\nReply with the letter of the right answer."
 )
 MAX_NEW_TOKENS = 16
 _HOPS = (2, 3, 4, 5, 6)
 _LETTERS = "ABCD"
 
-# Bodies that work, and after each the same with one mistake: a name that is defined nowhere, or a wrong number of arguments.
+# Bodies that work, and after each the same with one mistake: a name that is defined nowhere, or a wrong number of
+# arguments.
 _BODIES = (
     ("total = sum(values)\n    return total + limit", "total = sum(values)\n    return totals + limit"),
     (

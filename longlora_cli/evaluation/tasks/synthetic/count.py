@@ -17,8 +17,8 @@ COUNT_TEMPLATE = (
 )
 SORT_LINE = "In the year {year} the {thing} was repaired."
 SORT_TEMPLATE = (
-    "{context}\n\nThe text tells in which year each of these was repaired: {things}. Sort them by year, earliest first. Reply "
-    "with the names only, with commas between them."
+    "{context}\n\nThe text tells in which year each of these was repaired: {things}. Sort them by year, earliest "
+    "first. Reply with the names only, with commas between them."
 )
 MAX_NEW_TOKENS = 32
 _LONG = 2048

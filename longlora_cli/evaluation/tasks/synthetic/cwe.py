@@ -1,8 +1,8 @@
 """Common words: RULER's numbered list of words, of which ten stand there more often than the others.
 
 Prompt and repetitions are RULER's (NVIDIA, Apache-2.0, https://github.com/NVIDIA/RULER at c3f5e3b,
-`scripts/data/synthetic/common_words_extraction.py`; arXiv:2404.06654): the ten words 30 times and the others 3 times, after a
-solved example of 10 and 3; below 4,096 tokens 6 and 1, after 3 and 1.
+`scripts/data/synthetic/common_words_extraction.py`; arXiv:2404.06654): the ten words 30 times and the others 3
+times, after a solved example of 10 and 3; below 4,096 tokens 6 and 1, after 3 and 1.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from longlora_cli.evaluation.tasks.synthetic.request import Request, fit, unit_c
 from longlora_cli.evaluation.tasks.synthetic.words import shuffled_words
 
 TEMPLATE = (
-    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear "
-    "most often.\n{context}\nQuestion: What are the 10 most common words in the above list?"
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+    "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?"
 )
 ANSWER_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
 MAX_NEW_TOKENS = 120

@@ -1,8 +1,8 @@
 """Frequent words: RULER's text of coded words whose numbers fall as one over the square of their rank.
 
 Prompt, alphabet and Zipf's law are RULER's (NVIDIA, Apache-2.0, https://github.com/NVIDIA/RULER at c3f5e3b,
-`scripts/data/synthetic/freq_words_extraction.py`; arXiv:2404.06654): words of six letters, alpha 2.0, the most frequent
-"word" is `...` and does not count.
+`scripts/data/synthetic/freq_words_extraction.py`; arXiv:2404.06654): words of six letters, alpha 2.0, the most
+frequent "word" is `...` and does not count.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from longlora_cli.evaluation.tasks.synthetic.request import Request, fit, unit_c
 from longlora_cli.evaluation.tasks.synthetic.words import Fresh
 
 TEMPLATE = (
-    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded "
-    "words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most "
-    "frequently appeared words in the above coded text?"
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+    "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
+    "What are the three most frequently appeared words in the above coded text?"
 )
 ANSWER_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
 MAX_NEW_TOKENS = 50

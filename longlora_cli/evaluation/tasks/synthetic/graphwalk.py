@@ -1,7 +1,7 @@
 """Graph walks: a list of directed edges, of which a breadth-first search or the parents of a node are asked for.
 
-After OpenAI's Graphwalks (2025, https://huggingface.co/datasets/openai/graphwalks, MIT), whose rule judges the answer; the
-wording is our own.
+After OpenAI's Graphwalks (2025, https://huggingface.co/datasets/openai/graphwalks, MIT), whose rule judges the
+answer; the wording is our own.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from longlora_cli.evaluation.tasks.synthetic.listing import fit_padded, lines_of
 from longlora_cli.evaluation.tasks.synthetic.request import Request, unit_costs
 
 TEMPLATE = (
-    "Here are the edges of a directed graph, one a line; an edge leads from its first node to its second.\n\n{edges}\n\n"
-    "{question} End your answer with one line of this form, without quotes around the names:\nFinal Answer: [name, name]"
+    "Here are the edges of a directed graph, one a line; an edge leads from its first node to its "
+    "second.\n\n{edges}\n\n{question} End your answer with one line of this form, without quotes around the "
+    "names:\nFinal Answer: [name, name]"
 )
 PARENTS = "Which nodes have an edge that leads to {node}?"
 BFS = (
-    "Do a breadth-first search that begins at {node}. Which nodes does it reach first after exactly {depth} steps, so that no "
-    "shorter way leads to them?"
+    "Do a breadth-first search that begins at {node}. Which nodes does it reach first after exactly {depth} steps, "
+    "so that no shorter way leads to them?"
 )
 MAX_NEW_TOKENS = 512
 _MOST_NODES = 8

@@ -1,7 +1,7 @@
 """Many examples in context: invented words with numbers as labels; the rule is in the examples alone.
 
-After HELMET's many-shot classification (Yen et al. 2024, arXiv:2410.02694), which replaces labels by random numbers so that
-nothing learnt before helps. A word's class is its ending.
+After HELMET's many-shot classification (Yen et al. 2024, arXiv:2410.02694), which replaces labels by random numbers
+so that nothing learnt before helps. A word's class is its ending.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from longlora_cli.evaluation.tasks.synthetic.request import Request, unit_costs
 from longlora_cli.evaluation.tasks.synthetic.words import Fresh, endings, invented_word
 
 TEMPLATE = (
-    "Each word below has a label. Words of the same kind have the same label. Find the rule and give the label of the last "
-    "word; reply with the number only.\n\n{examples}\n\nword: {word}"
+    "Each word below has a label. Words of the same kind have the same label. Find the rule and give the label of "
+    "the last word; reply with the number only.\n\n{examples}\n\nword: {word}"
 )
 UNIT = "word: {word}\nlabel: {label}"
 MAX_NEW_TOKENS = 8
@@ -36,7 +36,8 @@ def icl_many(request: Request) -> Sample:
         return UNIT.format(word=draw(kind), label=labels[kind])
 
     word = draw(asked)
-    # Whole rounds, each with every class in an order of its own: all classes have the same number of examples, or one less.
+    # Whole rounds, each with every class in an order of its own: all classes have the same number of examples, or
+    # one less.
     number = max(unit_number(request, [unit(kind) for kind in range(classes)]), 2 * classes)
     kinds = [kind for _ in range(-(-number // classes)) for kind in rng.sample(range(classes), classes)]
     units = [unit(kind) for kind in kinds]

@@ -12,7 +12,8 @@ from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.tasks.synthetic.words import Fresh, new_uuid
 
 TEMPLATE = (
-    'The JSON object below holds keys and their values.\n\n{json}\n\nWhich value belongs to the key "{key}"? Answer with the '
+    'The JSON object below holds keys and their values.\n\n{json}\n\nWhich value belongs to the key "{key}"? '
+    "Answer with the "
     "value only."
 )
 MAX_NEW_TOKENS = 64

@@ -11,8 +11,9 @@ from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.tasks.synthetic.words import Fresh, word_key
 
 TEMPLATE = (
-    "Here is a record of lines. Each begins with its name and holds one number between angle brackets. Keep the numbers in "
-    "mind, I will ask for one of them.\n\n{lines}\n\nWhat is the REGISTER_CONTENT in line {key}? Answer with the number only."
+    "Here is a record of lines. Each begins with its name and holds one number between angle brackets. Keep the "
+    "numbers in mind, I will ask for one of them.\n\n{lines}\n\nWhat is the REGISTER_CONTENT in line {key}? Answer "
+    "with the number only."
 )
 UNIT = "line {key}: REGISTER_CONTENT is <{value}>"
 MAX_NEW_TOKENS = 16

@@ -1,7 +1,8 @@
 """Many requests: a long chat with several requests of the same words, one of whose answers is to be given again.
 
-After OpenAI's MRCR (2025, https://huggingface.co/datasets/openai/mrcr, MIT; Vodrahalli et al. 2024, arXiv:2409.12640), whose
-rule judges the answer: it has to begin with a random prefix. Requests are our own, answers are sentences of the haystack.
+After OpenAI's MRCR (2025, https://huggingface.co/datasets/openai/mrcr, MIT; Vodrahalli et al. 2024,
+arXiv:2409.12640), whose rule judges the answer: it has to begin with a random prefix. Requests are our own, answers
+are sentences of the haystack.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from longlora_cli.evaluation.tasks.synthetic.words import word_lists
 
 REQUEST = "Write a {form} about {subject}."
 QUESTION = (
-    "Prepend {prefix} to the {ordinal} {form} about {subject} that you wrote above, and repeat it word for word. Write "
-    "nothing else."
+    "Prepend {prefix} to the {ordinal} {form} about {subject} that you wrote above, and repeat it word for word. "
+    "Write nothing else."
 )
 MAX_NEW_TOKENS = 512
 _FORMS = ("letter", "fable", "speech", "diary page", "news item", "riddle", "blog post", "short scene")

@@ -1,9 +1,9 @@
 """Needles: RULER's eight tasks of numbers and UUIDs that a text hides under keys.
 
 Prompts, needle, noise, and the numbers of keys, values and queries are those of RULER (NVIDIA, Apache-2.0,
-https://github.com/NVIDIA/RULER at c3f5e3b, `scripts/data/synthetic/{constants,niah}.py` and `scripts/synthetic.yaml`; Hsieh
-et al. 2024, arXiv:2404.06654), so that scores can be compared. The essays are the haystack's texts, and depths are shares of
-tokens rather than of sentences.
+https://github.com/NVIDIA/RULER at c3f5e3b, `scripts/data/synthetic/{constants,niah}.py` and
+`scripts/synthetic.yaml`; Hsieh et al. 2024, arXiv:2404.06654), so that scores can be compared. The essays are the
+haystack's texts, and depths are shares of tokens rather than of sentences.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.tasks.synthetic.words import Fresh, new_uuid, seven_digits, word_key
 
 TEMPLATE = (
-    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about the "
-    "{kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided text?"
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you "
+    "about the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the "
+    "provided text?"
 )
 ANSWER_PREFIX = " The special magic {kind} for {query} mentioned in the provided text are"
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."

@@ -9,7 +9,10 @@ from longlora_cli.evaluation.tasks.synthetic.hiding import Piece, take
 from longlora_cli.evaluation.tasks.synthetic.listing import fit_padded
 from longlora_cli.evaluation.tasks.synthetic.request import Request, unit_costs
 
-TEMPLATE = "{context}\n\nRepeat the text of paragraph {number} word for word, without its number and without anything else."
+TEMPLATE = (
+    "{context}\n\nRepeat the text of paragraph {number} word for word, without its number and without "
+    "anything else."
+)
 MAX_NEW_TOKENS = 256
 _LONGEST = 160
 _ANSWER_SHARE = 0.8

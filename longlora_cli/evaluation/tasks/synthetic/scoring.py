@@ -1,4 +1,6 @@
-"""Scorers of our own tasks: pure functions `(prediction, references, extra) -> {name: value in [0, 1]}`, `score` first."""
+"""Scorers of our own tasks: pure functions `(prediction, references, extra) -> {name: value in [0, 1]}`, `score`
+first.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ _NUMBER = re.compile(r"\d+(?:,\d{3})*")
 
 
 def answer(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> Scores:
-    """`score`: the prediction's first line equals a reference after SQuAD's normalisation; `f1` of its words; `contains`:
-    the whole prediction holds a reference.
+    """`score`: the prediction's first line equals a reference after SQuAD's normalisation; `f1` of its words;
+    `contains`: the whole prediction holds a reference.
     """
     line = first_line(prediction)
     said = normalize_answer(line)
@@ -42,8 +44,9 @@ def number(prediction: str, references: Sequence[str], extra: Mapping[str, Any])
 
 
 def order(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> Scores:
-    """`score`: the share of pairs of things that the prediction names in the right order, which is (Kendall's tau + 1) / 2
-    where all are named; `exact`: all pairs. A thing counts where it is named first; one that is missing spoils its pairs.
+    """`score`: the share of pairs of things that the prediction names in the right order, which is (Kendall's tau +
+    1) / 2 where all are named; `exact`: all pairs. A thing counts where it is named first; one that is missing
+    spoils its pairs.
 
     The reference is a list with commas between the things.
     """
@@ -55,8 +58,8 @@ def order(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) 
 
 
 def copy(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> Scores:
-    """`score`: similarity by insertions and deletions, twice the longest common subsequence over both lengths, with runs of
-    blanks as one; `exact`: equality.
+    """`score`: similarity by insertions and deletions, twice the longest common subsequence over both lengths, with
+    runs of blanks as one; `exact`: equality.
     """
     said = " ".join(prediction.split())
     wanted = [" ".join(reference.split()) for reference in references]

@@ -1,7 +1,7 @@
 """Topics: a text that turns from subject to subject, one of which is asked for by its place.
 
-After the topic retrieval of LongChat (Li et al. 2023, https://lmsys.org/blog/2023-06-29-longchat), with more than the first
-asked for; subjects and sentences are our own and not those of `prepare --synthetic`.
+After the topic retrieval of LongChat (Li et al. 2023, https://lmsys.org/blog/2023-06-29-longchat), with more than
+the first asked for; subjects and sentences are our own and not those of `prepare --synthetic`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.tasks.synthetic.words import Fresh, word_lists
 
 TEMPLATE = (
-    "What follows is the record of a long evening of talks. A subject is named before each.\n\n{context}\n\nWhat was the "
-    "{ordinal} subject? Reply with its name only."
+    "What follows is the record of a long evening of talks. A subject is named before each.\n\n{context}\n\nWhat "
+    "was the {ordinal} subject? Reply with its name only."
 )
 LINE = "New subject: {topic}."
 _SIDES = ("the history of", "the price of", "the beauty of", "the danger of", "the making of", "the hunt for")

@@ -18,17 +18,17 @@ from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.tasks.synthetic.words import Fresh
 
 TEMPLATE = (
-    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all "
-    "variables that are assigned the value {query} in the text above."
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: "
+    "Find all variables that are assigned the value {query} in the text above."
 )
 ANSWER_PREFIX = (
-    " Answer: According to the chain(s) of variable assignment in the text above, {number} variables are assigned the value "
-    "{query}, they are: "
+    " Answer: According to the chain(s) of variable assignment in the text above, {number} variables are assigned "
+    "the value {query}, they are: "
 )
 MAX_NEW_TOKENS = 30
 HOPS = 4
-# Blocks of noise in the solved example, and the shortest length that has it. RULER's example takes up to 500 tokens at every length; a length that has no room
-# for it gets a smaller one, and a length of a few hundred tokens none.
+# Blocks of noise in the solved example, and the shortest length that has it. RULER's example takes up to 500 tokens
+# at every length; a length that has no room for it gets a smaller one, and a length of a few hundred tokens none.
 _EXAMPLE_BLOCKS = {10: 2048, 5: 1024, 1: 768, 0: 0}
 
 
