@@ -43,6 +43,7 @@ class Scorer:
         scale: 1, or 100 for scorers that publish per cent.
         may_lack_references: The rule has a score for a row without references.
         raw_references: References may be numbers and lists; else they are texts.
+        tasks: The tasks whose rules differ, as files of predictions are named.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Scorer:
     scale: float = 1.0
     may_lack_references: bool = False
     raw_references: bool = False
+    tasks: tuple[str, ...] = ()
 
 
 def field(extra: Extra, name: str, kind: type | tuple[type, ...], wanted: str) -> Any:

@@ -81,6 +81,13 @@ def ruler_part_lm_eval(prediction: str, references: Sequence[str], extra: Extra 
     return {"part": ruler_all(prediction, references)["all"]}
 
 
+RULER_TASKS = (
+    *(f"niah_{kind}_{number}" for kind in ("single", "multikey") for number in (1, 2, 3)),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+)
+"""RULER's thirteen tasks."""
+
+
 def ruler(prediction: str, references: Sequence[str], extra: Extra = NOTHING) -> Scores:
     """`score`: `ruler_part` for the tasks qa_1 and qa_2 (and qa), else `ruler_all`; `task` is needed."""
     task = str(field(extra, "task", str, "qa is scored by any reference, the others by all"))

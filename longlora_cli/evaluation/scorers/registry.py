@@ -21,15 +21,29 @@ from longlora_cli.evaluation.scorers import (
 from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Score, Scorer, Scores
 
 _SCORE = ("score",)
-_LONGBENCH = "2e00731"
+_AT = "2e00731"  # THUDM/LongBench
 
 
-def _one(name: str, version: str, score: Score, *, binary: bool = False, raw: bool = False) -> Scorer:
-    return Scorer(name, f"{name}@{version}", _SCORE, binary, score, raw_references=raw)
+def _longbench(rule: str, version: str, score: Score) -> Scorer:
+    name = f"longbench.{rule}".removesuffix(".")
+    return Scorer(name, f"{name}@{version}", _SCORE, False, score, tasks=tuple(longbench.TASK_RULES))
+
+
+def _infinitebench(version: str, score: Score) -> Scorer:
+    version = f"infinitebench@{version}"
+    return Scorer(
+        "infinitebench", version, _SCORE, False, score, raw_references=True, tasks=infinitebench.TASKS
+    )
 
 
 def _ruler(name: str, version: str, score: Score, key: str, *, binary: bool = False) -> Scorer:
-    return Scorer(name, f"{name}@{version}", (key,), binary, score, scale=100.0)
+    tasks = matching.RULER_TASKS
+    return Scorer(name, f"{name}@{version}", (key,), binary, score, scale=100.0, tasks=tasks)
+
+
+def _babilong(version: str, score: Score) -> Scorer:
+    tasks = tuple(babilong.TASK_LABELS)
+    return Scorer("babilong", f"babilong@{version}", _SCORE, True, score, tasks=tasks)
 
 
 def _helmet(name: str, score: Score) -> Scorer:
@@ -52,17 +66,17 @@ _GRAPH_KEYS = ("f1", "flexible_f1")
 ALL: tuple[Scorer, ...] = (
     *SCORERS.values(),
     Scorer("rouge", "rouge@rouge_score-0.1.2-stemmer", rouge.ROUGE_TYPES, False, rouge.rouge_stemmed),
-    _one("longbench", _LONGBENCH, longbench.by_task(longbench.RULES)),
-    _one("longbench", "no-levenshtein", longbench.by_task(longbench.RULES_NO_LEVENSHTEIN)),
-    _one("longbench", "rouge_score", longbench.by_task(longbench.RULES_ROUGE_SCORE)),
-    *(_one(f"longbench.{n}", _LONGBENCH, longbench.best_of(rule)) for n, rule in longbench.RULES.items()),
-    _one("longbench.code_sim", "no-levenshtein", longbench.best_of(longbench.code_sim_difflib)),
-    _one("longbench.code_sim", "lm-eval-v6", longbench.best_of(longbench.code_sim_lm_eval)),
-    _one("longbench.rouge", "lm-eval", longbench.best_of(longbench.rouge_lm_eval)),
-    _one("longbench2", _LONGBENCH, choices.longbench2, binary=True),
-    _one("longbench2", "compensated", choices.longbench2_compensated),
-    _one("infinitebench", "2024-06", infinitebench.infinitebench_2024_06, raw=True),
-    _one("infinitebench", "2024-08", infinitebench.infinitebench_2024_08, raw=True),
+    _longbench("", _AT, longbench.by_task(longbench.RULES)),
+    _longbench("", "no-levenshtein", longbench.by_task(longbench.RULES_NO_LEVENSHTEIN)),
+    _longbench("", "rouge_score", longbench.by_task(longbench.RULES_ROUGE_SCORE)),
+    *(_longbench(name, _AT, longbench.best_of(rule)) for name, rule in longbench.RULES.items()),
+    _longbench("code_sim", "no-levenshtein", longbench.best_of(longbench.code_sim_difflib)),
+    _longbench("code_sim", "lm-eval-v6", longbench.best_of(longbench.code_sim_lm_eval)),
+    _longbench("rouge", "lm-eval", longbench.best_of(longbench.rouge_lm_eval)),
+    Scorer("longbench2", f"longbench2@{_AT}", _SCORE, True, choices.longbench2),
+    Scorer("longbench2", "longbench2@compensated", _SCORE, False, choices.longbench2_compensated),
+    _infinitebench("2024-06", infinitebench.infinitebench_2024_06),
+    _infinitebench("2024-08", infinitebench.infinitebench_2024_08),
     _ruler("ruler", "c3f5e3b", matching.ruler, "score"),
     _ruler("ruler.all", "c3f5e3b", matching.ruler_all, "all"),
     _ruler("ruler.part", "c3f5e3b", matching.ruler_part, "part", binary=True),
@@ -70,10 +84,10 @@ ALL: tuple[Scorer, ...] = (
     _helmet("helmet", helmet.helmet),
     _helmet("helmet.raw", helmet.raw),
     _helmet("helmet.parsed", helmet.parsed),
-    _one("babilong", "7a6efee", babilong.babilong, binary=True),
-    _one("babilong", "lm-eval", babilong.babilong_lm_eval, binary=True),
+    _babilong("7a6efee", babilong.babilong),
+    _babilong("lm-eval", babilong.babilong_lm_eval),
     Scorer("nolima", "nolima@7532e4e", matching.NOLIMA_KEYS, True, matching.nolima),
-    _one("leval.exact_match", "cd34b05", choices.leval_exact_match),
+    Scorer("leval.exact_match", "leval.exact_match@cd34b05", _SCORE, False, choices.leval_exact_match),
     Scorer(
         "graphwalks",
         "graphwalks@lm-eval-4e7e0d47f",
@@ -82,7 +96,7 @@ ALL: tuple[Scorer, ...] = (
         structured.graphwalks,
         may_lack_references=True,
     ),
-    _one("mrcr", "card", structured.mrcr),
+    Scorer("mrcr", "mrcr@card", _SCORE, False, structured.mrcr),
 )
 _BY_NAME: dict[str, list[Scorer]] = {}
 for _scorer in ALL:
