@@ -161,12 +161,17 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
+# Settings that read finished results, and those that go with each; no model is measured, so nothing else has an effect.
+_READ_RESULTS = {"rescore": ("scorer",)}
+
+
 class EvalConfig(RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
     tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
-    out: Path = setting(..., "Folder to make.", short="-o")
+    # None only where finished results are read; else the checks below refuse it.
+    out: Path = setting(None, "Folder to make; needed unless finished results are read.", short="-o")
     data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
     split: str = setting("test", "Split of a hub or saved dataset.")
     haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
@@ -185,9 +190,42 @@ class EvalConfig(RopeSection, ModelSection):
     max_new_tokens: int = setting(64, "Longest answer.", ge=1)
     prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
+    rescore: Path | None = setting(
+        None, "Score the finished predictions of this .jsonl or .csv instead; needs neither model nor --out."
+    )
+    scorer: str | None = setting(
+        None, "How to score --rescore: a name such as longbench.qa_f1, a version after @ (docs/eval.md)."
+    )
+
+    def module(self, command: str) -> str:
+        """`eval_rescore` for --rescore: it starts without torch."""
+        return "eval_rescore" if self.rescore is not None else command
+
+    @model_validator(mode="after")
+    def _finished_results_or_a_model(self) -> EvalConfig:
+        for name, companions in _READ_RESULTS.items():
+            if getattr(self, name) is None:
+                for companion in companions:
+                    self.needs(companion, False, f"it belongs to --{name}")
+                continue
+            for other in type(self).model_fields:
+                matters = other in (name, *companions)
+                self.needs(other, matters, f"--{name} reads finished results and measures no model")
+            return self
+        if self.out is None:
+            raise ValueError("--out is missing (Folder to make.)")
+        return self
+
+    @model_validator(mode="after")
+    def _rescore_names_its_scorer(self) -> EvalConfig:
+        if self.rescore is not None and self.scorer is None:
+            raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
+        return self
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
+        if self.out is None:
+            return self
         tasks = set(self.tasks)
         if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
             raise ValueError(
