@@ -24,6 +24,7 @@ from longlora_cli.sections import (
     OptimSection,
     RopeSection,
 )
+from longlora_cli.task_names import BUILT_IN, expand, unknown_task
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths
 
 
@@ -169,15 +170,23 @@ class EvalConfig(RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
-    tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
+    tasks: Names = setting(
+        ["ppl", "needle"],
+        "What to measure: ppl, passkey, needle, generate, synthetic tasks (docs/eval.md) or groups: ruler, niah, synthetic.",
+    )
+    make: bool = setting(
+        False, "Only write the samples of synthetic tasks, as .jsonl with RULER's fields; no model is loaded."
+    )
     # None only where finished results are read; else the checks below refuse it.
     out: Path = setting(None, "Folder to make; needed unless finished results are read.", short="-o")
     data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
     split: str = setting("test", "Split of a hub or saved dataset.")
     haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
-    lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey and needle.")
+    lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey, needle and synthetic tasks.")
     depths: int = setting(5, "Depths from start to end, per length.", ge=1, le=101)
-    samples: int = setting(4, "Samples per length and depth.", ge=1)
+    samples: int = setting(
+        4, "Samples per length and depth; without depth, per length as many as with.", ge=1
+    )
     needle_facts: int = setting(8, "Facts hidden in one needle sample.", ge=1, le=64)
     needle_wording: Literal["train", "eval"] = setting(
         "train", "Needle sentences: the forms that --synthetic data has, or forms it never shows."
@@ -198,7 +207,9 @@ class EvalConfig(RopeSection, ModelSection):
     )
 
     def module(self, command: str) -> str:
-        """`eval_rescore` for --rescore: it starts without torch."""
+        """`eval_rescore` for --rescore and `eval_make` for --make: they start without torch."""
+        if self.make:
+            return "eval_make"
         return "eval_rescore" if self.rescore is not None else command
 
     @model_validator(mode="after")
@@ -226,14 +237,14 @@ class EvalConfig(RopeSection, ModelSection):
     def _settings_have_an_effect(self) -> EvalConfig:
         if self.out is None:
             return self
-        tasks = set(self.tasks)
-        if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
-            raise ValueError(
-                f"--tasks knows ppl, passkey, needle, generate; not {', '.join(sorted(unknown))}"
-            )
-        grid = bool(tasks & {"passkey", "needle"})
+        if fault := unknown_task(self.tasks):
+            raise ValueError(fault)
+        tasks = set(expand(self.tasks))
+        if self.make and (others := [task for task in self.tasks if task in BUILT_IN]):
+            raise ValueError(f"--make writes samples of synthetic tasks, not of {', '.join(others)}")
+        grid = bool(tasks - {"ppl", "generate"})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):
-            self.needs(name, grid, "it belongs to passkey and needle")
+            self.needs(name, grid, "it belongs to passkey, needle and synthetic tasks")
         for name in ("needle_facts", "needle_wording"):
             self.needs(name, "needle" in tasks, "it belongs to needle")
         if "needle" in tasks and self.needle_facts < self.depths:
@@ -241,7 +252,8 @@ class EvalConfig(RopeSection, ModelSection):
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
-        self.needs("max_new_tokens", tasks != {"ppl"}, "it belongs to passkey, needle and generate")
+        asks = bool(tasks & {"passkey", "needle", "generate"})
+        self.needs("max_new_tokens", asks, "it belongs to passkey, needle and generate")
         for name in ("window", "stride", "max_tokens"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
         for name in ("metrics", "max_samples"):

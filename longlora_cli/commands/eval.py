@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from longlora_cli import __version__
+from longlora_cli.commands.eval_tasks import show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
@@ -25,8 +26,10 @@ from longlora_cli.evaluation.measure import (
     model_identity,
     peak_bytes,
 )
+from longlora_cli.evaluation.measure_tasks import measure_task
 from longlora_cli.evaluation.plan import EvalPlan, make_plan
 from longlora_cli.evaluation.report import save_heatmap, save_position_curve
+from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
@@ -62,6 +65,7 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
                 "model": {"name": config.model, **identity},
                 "versions": _versions(),
                 "tasks": {task: result.summary for task, result in found.items()},
+                "groups": score_groups(config.tasks, {task: r.summary for task, r in found.items()}),
                 "peak_bytes": peak_bytes(loaded),
                 "seconds": round(time.perf_counter() - started, 3),
             }
@@ -71,7 +75,10 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
             "interrupted", rule="Finished samples are kept.", hint="The same command goes on from there."
         ) from error
     for task, summary in results["tasks"].items():
-        _SHOW[task](summary, console)
+        if task in _SHOW:
+            _SHOW[task](summary, console)
+    synthetic = {task: results["tasks"][task] for task in plan.synthetic}
+    show_tasks(synthetic, results["groups"], console)
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB)"
     )
@@ -113,8 +120,11 @@ def _measure(
 ) -> dict[str, TaskResult]:
     answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk)
     found: dict[str, TaskResult] = {}
-    for task in dict.fromkeys(plan.config.tasks):
-        if task == "ppl":
+    for task in plan.tasks:
+        if task in plan.synthetic:
+            with console.progress(f"{task} (questions)", plan.grid_count()) as advance:
+                found[task] = measure_task(task, answerer, plan, journal, identity, advance)
+        elif task == "ppl":
             total = sum(len(text.ids) - 1 for text in plan.texts)
             with console.progress("ppl (tokens)", total) as advance:
                 found[task] = measure_perplexity(loaded, plan, journal, identity, advance)
@@ -152,7 +162,7 @@ def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskRe
 def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) -> None:
     if task == "ppl":
         save_position_curve(staging / "plots" / "ppl.png", summary, title=f"perplexity by position, {model}")
-    elif task != "generate":
+    elif "cells" in summary:
         save_heatmap(staging / "plots" / f"{task}.png", summary, title=f"{task}, {model}")
 
 

@@ -102,7 +102,7 @@ def code_debug(request: Request) -> Sample:
         return request.make(
             messages=[{"role": "user", "content": content}],
             outputs=[wrong, letter],
-            scorer="infinitebench",
+            scorer="infinitebench@2024-08",
             max_new_tokens=MAX_NEW_TOKENS,
             answer_prefix=" The correct option is:",
             extra={"task": "code_debug", "options": options},

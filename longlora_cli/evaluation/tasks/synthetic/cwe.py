@@ -7,7 +7,6 @@ times, after a solved example of 10 and 3; below 4,096 tokens 6 and 1, after 3 a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -80,7 +79,7 @@ def _fitted(request: Request, repeats: _Repeats) -> Sample:
     return fit(request, costs, compose, least=2 * _COMMON)[1]
 
 
-def _listed(request: Request, part: str, words: Sequence[str], common: int, other: int) -> str:
+def _listed(request: Request, part: str, words: list[str], common: int, other: int) -> str:
     """`1. word 2. word`, in random order."""
     entries = [*words[:_COMMON] * common, *words[_COMMON:] * other]
     request.rng(part).shuffle(entries)

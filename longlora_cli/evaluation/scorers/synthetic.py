@@ -1,22 +1,18 @@
-"""Scorers of our own tasks: pure functions `(prediction, references, extra) -> {name: value in [0, 1]}`, `score`
-first.
-"""
+"""Rules of the synthetic tasks that no published benchmark has one for; `score`, which counts, comes first."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
-from longlora_cli.evaluation.scorers import normalize_answer, word_f1
+from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Scorer, Scores
+from longlora_cli.evaluation.scorers.words import normalize_answer, word_f1
 
-Scores = dict[str, float]
-Score = Callable[[str, Sequence[str], Mapping[str, Any]], Scores]
 _NUMBER = re.compile(r"\d+(?:,\d{3})*")
 
 
-def answer(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> Scores:
+def answer(prediction: str, references: Sequence[str], extra: Extra = NOTHING) -> Scores:
     """`score`: the prediction's first line equals a reference after SQuAD's normalisation; `f1` of its words;
     `contains`: the whole prediction holds a reference.
     """
@@ -30,20 +26,20 @@ def answer(prediction: str, references: Sequence[str], extra: Mapping[str, Any])
     }
 
 
-def contained(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> Scores:
+def contained(prediction: str, references: Sequence[str], extra: Extra = NOTHING) -> Scores:
     """`score`: the prediction holds a reference, both normalised; `f1` of the words of its first line."""
     found = answer(prediction, references, extra)
     return {"score": found["contains"], "f1": found["f1"]}
 
 
-def number(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> Scores:
+def number(prediction: str, references: Sequence[str], extra: Extra = NOTHING) -> Scores:
     """`score`: the first number of the prediction is a reference's, commas between thousands left out."""
     match = _NUMBER.search(prediction)
     said = None if match is None else int(match[0].replace(",", ""))
     return {"score": float(any(said == int(reference) for reference in references))}
 
 
-def order(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> Scores:
+def order(prediction: str, references: Sequence[str], extra: Extra = NOTHING) -> Scores:
     """`score`: the share of pairs of things that the prediction names in the right order, which is (Kendall's tau +
     1) / 2 where all are named; `exact`: all pairs. A thing counts where it is named first; one that is missing
     spoils its pairs.
@@ -57,7 +53,7 @@ def order(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) 
     return {"score": right / len(pairs), "exact": float(right == len(pairs))}
 
 
-def copy(prediction: str, references: Sequence[str], extra: Mapping[str, Any]) -> Scores:
+def copy(prediction: str, references: Sequence[str], extra: Extra = NOTHING) -> Scores:
     """`score`: similarity by insertions and deletions, twice the longest common subsequence over both lengths, with
     runs of blanks as one; `exact`: equality.
     """
@@ -97,11 +93,11 @@ def first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
-SCORERS: dict[str, Score] = {
-    "synthetic.answer": answer,
-    "synthetic.contained": contained,
-    "synthetic.number": number,
-    "synthetic.order": order,
-    "synthetic.copy": copy,
-}
-"""Our own scorers by name."""
+RULES = (
+    Scorer("synthetic.answer", "synthetic.answer@1", ("score", "f1", "contains"), False, answer),
+    Scorer("synthetic.contained", "synthetic.contained@1", ("score", "f1"), False, contained),
+    Scorer("synthetic.number", "synthetic.number@1", ("score",), True, number),
+    Scorer("synthetic.order", "synthetic.order@1", ("score", "exact"), False, order),
+    Scorer("synthetic.copy", "synthetic.copy@1", ("score", "exact"), False, copy),
+)
+"""The rules as scorers."""
