@@ -172,7 +172,7 @@ class EvalConfig(RopeSection, ModelSection):
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
     tasks: Names = setting(
         ["ppl", "needle"],
-        "What to measure: ppl, passkey, needle, generate, synthetic tasks (docs/eval.md) or groups: ruler, niah, synthetic.",
+        "What to measure: ppl, passkey, needle, generate, synthetic tasks (docs/eval.md), or ruler, niah, synthetic.",
     )
     make: bool = setting(
         False, "Only write the samples of synthetic tasks, as .jsonl with RULER's fields; no model is loaded."
