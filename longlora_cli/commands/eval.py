@@ -160,8 +160,7 @@ def _show_perplexity(summary: dict[str, Any], console: Console) -> None:
     short = summary.get("short_context")
     console.table(
         f"Perplexity by tokens of context ({summary['curve_windows']} {summary['curve_source']})",
-        ["context", "tokens", "perplexity", "95 %"]
-        + ([f"with {short:,} of context", "gain (nats)", "95 %"] if short else []),
+        ["context", "tokens", "perplexity", "95 %"] + ([f"at {short:,}", "gain", "95 %"] if short else []),
         [
             [f"{b['from']:,} to {b['to']:,}", b["n"], b["perplexity"], _interval(b["ci95"], "{:.4g}")]
             + (

@@ -27,7 +27,7 @@ LONGLORA_STRIDE = 256
 _LONGLORA_E = 2.71828
 
 _RULES = {
-    LONGLORA: "LongLoRA eval.py (d4eb344), batch size 1: mean over windows every 256 tokens of each window's "
+    LONGLORA: "LongLoRA eval.py (4cbb61b), batch size 1: mean over windows every 256 tokens of each window's "
     "mean loss, then 2.71828 to its power",
     HF_DOCS: "transformers docs perplexity.md: each window's mean loss weighted by its targets less one",
     LM_EVAL: "lm-evaluation-harness 0.4.13 loglikelihood_rolling: nearly disjoint windows, the first token of "
