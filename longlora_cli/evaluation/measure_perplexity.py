@@ -85,7 +85,7 @@ def measure_perplexity(
 
 
 def _text_losses(loaded: LoadedModel, text: Text, reading: Reading, kept: _Kept) -> TextLosses:
-    ids, name = text.ids.tolist(), hash_ids(text.ids.tolist())
+    ids, name = text.ids.astype(np.int64), hash_ids(text.ids.tolist())
     plan = reading.windows(len(ids))
     curve = set(reading.curve(plan))
     parts = []

@@ -142,7 +142,7 @@ def read_windows(
 
 def score_text(
     loaded: LoadedModel,
-    ids: Sequence[int],
+    ids: Sequence[int] | npt.NDArray[np.int64],
     reading: Reading,
     *,
     windows: Sequence[Window] | None = None,

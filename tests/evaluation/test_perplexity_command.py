@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -182,6 +187,49 @@ def test_a_stopped_reading_goes_on_to_the_numbers_of_an_uninterrupted_one(
     assert len(calls) < number  # what was finished is not read again
     for file in ("nll.npy", "nll_offsets.npy"):
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_killed_reading_goes_on_to_the_numbers_of_an_uninterrupted_one(
+    tiny_model_folder, tmp_path, monkeypatch
+):
+    path = tmp_path / "long.txt"
+    path.write_text(TEXTS[0] * 12)
+
+    def config(name):
+        return config_of(
+            tiny_model_folder,
+            tmp_path / name,
+            [path],
+            window=64,
+            stride=8,
+            short_context=16,
+            compat=["lm-eval"],
+        )
+
+    program = (
+        "import sys; from longlora_cli.commands.eval import run; from longlora_cli.config import EvalConfig;"
+        "from longlora_cli.console import Console; from longlora_cli.evaluation import measure_perplexity;"
+        "measure_perplexity._BLOCK_TOKENS = 64;"
+        "run(EvalConfig.model_validate_json(sys.argv[1]), Console(json_mode=True), dry_run=False)"
+    )
+    settings = config("killed").model_dump_json(exclude_unset=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, settings], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    journal = tmp_path / ".killed.partial" / "journal.jsonl"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = journal.read_bytes().count(b"\n")
+    monkeypatch.setattr(measure_perplexity, "_BLOCK_TOKENS", 64)
+    whole = run(config("whole"))
+    assert 3 <= kept < whole["tasks"]["ppl"]["windows"]
+    assert without_times(run(config("killed"))) == without_times(whole)
+    assert (tmp_path / "killed/nll.npy").read_bytes() == (tmp_path / "whole/nll.npy").read_bytes()
 
 
 def test_what_is_kept_of_one_way_of_reading_is_never_taken_for_another(bos_model_folder, texts, tmp_path):
