@@ -74,7 +74,8 @@ def measure_perplexity(
     sizes = [text.scored for text in plan.texts]
     summary = summarize(found, sizes, window=config.window, short=config.short_context)
     summary |= {"window": config.window, "stride": stride_of(config), "seconds": kept.seconds}
-    summary |= {"bos": config.bos, "docs": config.docs}
+    bos = config.bos if config.bos != "auto" else ("first" if plan.texts[0].prefix else "none")
+    summary |= {"bos": bos, "docs": config.docs}
     if config.short_context is not None:
         summary |= {"short_context": reading.short, "short_stride": reading.short_stride}
     summary["tokens_per_second"] = summary["n"] / kept.seconds if kept.seconds > 0 else None
@@ -105,7 +106,7 @@ def _text_losses(loaded: LoadedModel, text: Text, reading: Reading, kept: _Kept)
 def _peer(
     loaded: LoadedModel, peer: str, plan: EvalPlan, exact: Sequence[TextLosses], kept: _Kept
 ) -> dict[str, Any]:
-    windows, losses = [], []
+    windows, losses, before = [], [], kept.seconds
     for text, known in zip(plan.texts, exact, strict=True):
         peers = peer_reading(peer, text, plan.config)
         windows += peers.windows
@@ -114,7 +115,8 @@ def _peer(
             known.windows if peers.known else _window_sums(loaded, peer, peers.ids, own, kept, plan)
         )
     sizes = [text.size for text in plan.texts]
-    return summarize_peer(peer, windows, np.concatenate(losses), sizes)
+    found = summarize_peer(peer, windows, np.concatenate(losses), sizes)
+    return {**found, "seconds": round(kept.seconds - before, 4)}
 
 
 def _window_sums(

@@ -89,7 +89,8 @@ def test_bos_and_documents_are_read_as_asked_and_all_tokens_once(
         assert tokens == len(ids) - (bos != "each")
     assert found["n"] == number
     assert found["nll"] == pytest.approx(total / number, rel=1e-6)
-    assert (found["texts"], found["bos"], found["docs"]) == (len(contents), bos, docs)
+    done = "first" if bos == "auto" else bos  # this tokenizer puts one itself
+    assert (found["texts"], found["bos"], found["docs"]) == (len(contents), done, docs)
     if bos != "none":
         assert found["bytes"] == sum(len(text.encode()) for text in contents)
 
