@@ -179,6 +179,19 @@ class EvalConfig(RopeSection, ModelSection):
     )
     window: Length = setting(4096, "Perplexity: tokens of one window.", ge=2)
     stride: Length | None = setting(None, "Perplexity: tokens between windows; default: half a window.", ge=1)
+    bos: Literal["auto", "each", "first", "none"] = setting(
+        "auto",
+        "Perplexity: BOS in front of each window, of each text (first), or none; auto: as the tokenizer.",
+    )
+    docs: Literal["separate", "concat"] = setting(
+        "separate", "Perplexity: each text by itself, or all as one with an empty line between two."
+    )
+    short_context: Length | None = setting(
+        None, "Perplexity: score the curve's tokens with this context too; what the longer one gains.", ge=2
+    )
+    compat: Names = setting(
+        [], "Perplexity: beside the exact one those by the rules of longlora, hf-docs, lm-eval."
+    )
     max_tokens: Length | None = setting(None, "Perplexity: read at most this much of each text.", ge=2)
     metrics: Names = setting(["rouge", "f1", "exact_match", "accuracy"], "Scores of generate.")
     max_samples: int | None = setting(None, "Generate for at most this many rows.", ge=1)
@@ -204,7 +217,7 @@ class EvalConfig(RopeSection, ModelSection):
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
         self.needs("max_new_tokens", tasks != {"ppl"}, "it belongs to passkey, needle and generate")
-        for name in ("window", "stride", "max_tokens"):
+        for name in ("window", "stride", "max_tokens", "bos", "docs", "short_context", "compat"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
         for name in ("metrics", "max_samples"):
             self.needs(name, "generate" in tasks, "it belongs to generate")
@@ -215,6 +228,12 @@ class EvalConfig(RopeSection, ModelSection):
             raise ValueError(
                 f"--stride {self.stride} is above --window {self.window}: tokens would be skipped"
             )
+        if self.short_context is not None and self.short_context >= self.window:
+            raise ValueError(
+                f"--short-context {self.short_context} is not below --window {self.window}: nothing is longer"
+            )
+        if unknown := set(self.compat) - {"longlora", "hf-docs", "lm-eval"}:
+            raise ValueError(f"--compat knows longlora, hf-docs, lm-eval; not {', '.join(sorted(unknown))}")
         return self
 
 

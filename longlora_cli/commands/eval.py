@@ -21,10 +21,11 @@ from longlora_cli.evaluation.measure import (
     TaskResult,
     measure_generation,
     measure_grid,
-    measure_perplexity,
     model_identity,
     peak_bytes,
 )
+from longlora_cli.evaluation.measure_perplexity import measure_perplexity
+from longlora_cli.evaluation.perplexity_plan import work_tokens
 from longlora_cli.evaluation.plan import EvalPlan, make_plan
 from longlora_cli.evaluation.report import save_heatmap, save_position_curve
 from longlora_cli.models.loading import LoadedModel, load_model
@@ -115,8 +116,7 @@ def _measure(
     found: dict[str, TaskResult] = {}
     for task in dict.fromkeys(plan.config.tasks):
         if task == "ppl":
-            total = sum(len(text.ids) - 1 for text in plan.texts)
-            with console.progress("ppl (tokens)", total) as advance:
+            with console.progress("ppl (tokens)", work_tokens(plan.config, plan.texts)) as advance:
                 found[task] = measure_perplexity(loaded, plan, journal, identity, advance)
         elif task == "generate":
             with console.progress("generate (rows)", len(plan.rows)) as advance:
@@ -157,20 +157,61 @@ def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) ->
 
 
 def _show_perplexity(summary: dict[str, Any], console: Console) -> None:
+    short = summary.get("short_context")
     console.table(
         f"Perplexity by tokens of context ({summary['curve_windows']} {summary['curve_source']})",
-        ["context", "tokens", "perplexity", "95 %"],
+        ["context", "tokens", "perplexity", "95 %"] + ([f"at {short:,}", "gain", "95 %"] if short else []),
         [
             [f"{b['from']:,} to {b['to']:,}", b["n"], b["perplexity"], _interval(b["ci95"], "{:.4g}")]
+            + (
+                [b["short_perplexity"], f"{b['gain']:.4f}", _interval(b["gain_ci95"], "{:.4f}")]
+                if short
+                else []
+            )
             for b in summary["by_position"]
         ],
     )
+    if short:
+        _show_gain(summary["gain"], short, console)
+    if "compat" in summary:
+        _show_peers(summary, console)
     interval = _interval(summary["ci95"], "{:.4g}")
     console.print(
-        f"perplexity {summary['perplexity']:.4g}{interval and ' ' + interval}, n={summary['n']:,} tokens, "
-        f"{summary['texts']} texts; mean of texts {summary['perplexity_macro']:.4g}; "
-        f"{summary['bits_per_byte']:.4f} bits per byte"
+        f"perplexity {_number(summary['perplexity'])}{interval and ' ' + interval}, n={summary['n']:,} tokens, "
+        f"{summary['texts']} texts; mean of texts {_number(summary['perplexity_macro'])}; per word "
+        f"{_number(summary['word_perplexity'])}; {summary['bits_per_byte']:.4f} bits per byte"
     )
+
+
+def _show_gain(gain: dict[str, Any], short: int, console: Console) -> None:
+    parts = [("all", gain), (f"with {short:,} tokens of context and more", gain["beyond"])]
+    for name, part in parts:
+        if part["gain"] is not None:
+            interval = _interval(part["gain_ci95"], "{:.4f}")
+            console.print(f"gain of tokens {name}: {part['gain']:.4f} nats {interval}, n={part['n']:,}")
+
+
+def _show_peers(summary: dict[str, Any], console: Console) -> None:
+    rows = [("exact", summary), *summary["compat"].items()]
+    console.table(
+        "Perplexity by other programs' rules, for comparison with their numbers",
+        ["rule", "perplexity", "per word", "per byte", "bits per byte", "losses"],
+        [
+            [
+                name,
+                *(
+                    _number(found[key]) if key in found else ""
+                    for key in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+                ),
+                found["n"],
+            ]
+            for name, found in rows
+        ],
+    )
+
+
+def _number(value: float | None) -> str:
+    return "above 1e307" if value is None else f"{value:.4g}"
 
 
 def _show_grid(summary: dict[str, Any], console: Console) -> None:
