@@ -24,6 +24,10 @@ class Section(BaseModel):
         """True when the user gave this setting, rather than leaving its default."""
         return name in self.model_fields_set
 
+    def command_module(self, command: str) -> str:
+        """The module of `commands/` that does what these settings ask; another than `command` where that needs less."""
+        return command
+
     def needs(self, name: str, condition: bool, rule: str) -> None:
         """Refuse a given setting that would have no effect."""
         if self.given(name) and not condition:

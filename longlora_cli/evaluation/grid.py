@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from longlora_cli.evaluation.effective_length import RULER_THRESHOLD, effective_lengths
 from longlora_cli.evaluation.generation import Row
 from longlora_cli.evaluation.scorers import holds_answer, same_answer
-from longlora_cli.evaluation.effective_length import RULER_THRESHOLD, effective_lengths
 from longlora_cli.evaluation.statistics import share_clustered
 
 SCORER = "retrieval@exact-1"
