@@ -72,14 +72,18 @@ def compare(out: Path, other: Evaluation, console: Console) -> dict[str, Any]:
 
 def _show(found: Mapping[str, Any], console: Console) -> None:
     a, b = found["a"], found["b"]
-    console.table(
-        f"A: {a['folder']} ({a['model']}) against B: {b['folder']} ({b['model']})",
-        ["task", "score", "length", "A", "B", "A - B", "95 %", "p", "Holm", "n"],
-        [_line(cell) for cell in _worth_showing(found["cells"])],
-    )
-    if any("p_by_text" in cell for cell in found["cells"]):
-        console.print("p is McNemar's, then where questions share texts that of swapping whole texts.")
-    sure = [cell for cell in found["cells"] if _differs(cell)]
+    console.print(f"A is {a['folder']} ({a['model']}), B is {b['folder']} ({b['model']})")
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for cell in found["cells"]:
+        groups.setdefault((cell["task"], cell["score"]), []).append(cell)
+    for (task, score), cells in groups.items():
+        shown = cells[:1] if len(cells) == 2 else cells  # a single length is the whole
+        by_text = any("p_by_text" in cell for cell in shown)
+        header = ["length", "n", "A", "B", "A - B", "95 %", "p", *(["by text"] if by_text else []), "Holm"]
+        test = cells[0]["test"] + ("; by text: whole texts change sides" if by_text else "")
+        console.table(f"{task}: {score} ({test})", header, [_line(cell, by_text=by_text) for cell in shown])
+        console.print(_remark(cells[0]))
+    sure = [cell for cell in found["cells"] if _highest_p(cell) < _CERTAIN]
     console.print(
         f"{len(sure)} of {len(found['cells'])} differences are below {100 * _CERTAIN:.0f} % after Holm's correction"
     )
@@ -101,35 +105,39 @@ def _show(found: Mapping[str, Any], console: Console) -> None:
         console.warn(f"{entry['task']}{score} is left out: {entry['why']}")
 
 
-def _worth_showing(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """All cells, but of a task with one length not that length again."""
-    lengths: dict[tuple[str, str], int] = {}
-    for cell in cells:
-        if cell["length"] is not None:
-            lengths[cell["task"], cell["score"]] = lengths.get((cell["task"], cell["score"]), 0) + 1
-    return [c for c in cells if c["length"] is None or lengths[c["task"], c["score"]] > 1]
+def _highest_p(cell: Mapping[str, Any]) -> float:
+    """Holm's p, the higher one where there are two: a difference must stand by question and by text."""
+    return float(max(cell["p_holm"], cell.get("p_by_text_holm", 0.0)))
 
 
-def _differs(cell: Mapping[str, Any]) -> bool:
-    """Both p, where there are two, say so."""
-    return max(cell["p_holm"], cell.get("p_by_text_holm", 0.0)) < _CERTAIN
-
-
-def _line(cell: Mapping[str, Any]) -> list[str]:
-    by_text = "p_by_text" in cell
-    interval = "" if cell["ci95"] is None else f"[{cell['ci95'][0]:+.3f}, {cell['ci95'][1]:+.3f}]"
+def _line(cell: Mapping[str, Any], *, by_text: bool) -> list[str]:
     return [
-        cell["task"],
-        cell["score"],
         "all" if cell["length"] is None else f"{cell['length']:,}",
-        f"{cell['a']:.4f}",
-        f"{cell['b']:.4f}",
-        f"{cell['difference']:+.4f}",
-        interval,
-        _p(cell["p"]) + (f" / {_p(cell['p_by_text'])}" if by_text else ""),
-        _p(cell["p_holm"]) + (f" / {_p(cell['p_by_text_holm'])}" if by_text else ""),
         f"{cell['n']:,}",
+        f"{cell['a']:.3f}",
+        f"{cell['b']:.3f}",
+        f"{cell['difference']:+.3f}",
+        _interval(cell["ci95"]),
+        _p(cell["p"]),
+        *([_p(cell["p_by_text"]) if "p_by_text" in cell else ""] if by_text else []),
+        _p(_highest_p(cell)),
     ]
+
+
+def _interval(ci95: Sequence[float] | None) -> str:
+    return "" if ci95 is None else f"[{ci95[0]:.3f}, {ci95[1]:.3f}]"
+
+
+def _remark(cell: Mapping[str, Any]) -> str:
+    if "ratio" in cell:
+        return (
+            f"perplexity {cell['perplexity_a']:.4g} and {cell['perplexity_b']:.4g}: "
+            f"ratio {cell['ratio']:.4f} {_interval(cell['ratio_ci95'])}, {cell['clusters']} windows"
+        )
+    pairs = f"{cell['n']:,} pairs in {cell['clusters']:,} texts"
+    if "smallest_gap" not in cell:
+        return pairs
+    return f"{pairs}: a true gap below {100 * cell['smallest_gap']:.0f} points is likely to be missed"
 
 
 def _p(value: float) -> str:
