@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longlora_cli.evaluation.statistics import Interval
+from longlora_cli.evaluation.statistics import Interval, tail_share, widened_p
 
-# The smallest p that these can tell is 2 / 10,001: enough to stay below 5 % after Holm over 250 cells.
+# The smallest share that these can tell is 1 / 10,001 a side: enough to stay below 5 % after Holm over 250 cells.
 _DRAWS = 10_000
 _BLOCK = 1 << 22
 
@@ -70,9 +70,9 @@ def paired_bootstrap(
 ) -> tuple[Interval | None, float]:
     """95 % interval and two-sided p of `sum(differences) / sum(counts)` when whole clusters are drawn again.
 
-    The p is twice the smaller share of draws on either side of 0, so that it is below 5 % where the interval leaves
-    0 out. `n` clusters with a difference can be told from chance by 2 / 2^n at best, however equal they are: a smaller
-    p is raised to it, which is what a bootstrap of few clusters does not know by itself.
+    The p is twice the smaller share of draws on either side of 0. Both are widened for few clusters by Student's t
+    (`statistics.tail_share`), so that p is below 5 % where the interval leaves 0 out. Yet `n` clusters with a
+    difference can be told from chance by 2 / 2^n at best, however equal they are: a smaller p is raised to it.
 
     Args:
         differences: First model minus second, summed over each cluster (a text, a window, a sample).
@@ -95,10 +95,12 @@ def paired_bootstrap(
         drawn = rng.integers(0, len(top), (min(rows, _DRAWS - start), len(top)))
         pieces.append(top[drawn].sum(1) / below[drawn].sum(1))
     means = np.concatenate(pieces)
-    low, high = np.quantile(means, [0.025, 0.975])
+    tail = tail_share(len(top))
+    low, high = np.quantile(means, [tail, 1 - tail])
     # One more draw on each side: no number of draws can show that a p is 0 (Davison and Hinkley 1997, 4.2).
     tails = [(np.count_nonzero(side) + 1) / (_DRAWS + 1) for side in (means <= 0, means >= 0)]
-    return (float(low), float(high)), min(1.0, max(2 * min(tails), 2.0 ** (1 - changed)))
+    p = widened_p(min(1.0, 2 * min(tails)), len(top))
+    return (float(low), float(high)), max(p, 2.0 ** (1 - changed))
 
 
 def holm(values: Sequence[float]) -> list[float]:

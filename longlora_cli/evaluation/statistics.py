@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from functools import cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ _Z80 = 0.8416212335729143  # 80 % point: the power that a smallest gap is stated
 _DRAWS = 2000
 # Draws are made in blocks of about this many indices, so that 100,000 clusters do not take gigabytes.
 _BLOCK = 1 << 22
+_NORMAL = NormalDist()
+_MANY = 10_000  # degrees of freedom from which on two terms of the normal law's expansion are exact to 1e-9
 
 Interval = tuple[float, float]
 
@@ -91,15 +94,17 @@ def student_t95(freedom: int) -> float:
     """
     if freedom < 1:
         raise ValueError(f"{freedom} degrees of freedom")
+    if freedom > _MANY:
+        return _Z95 + (_Z95**3 + _Z95) / (4 * freedom)
     low, high = 1.0, 13.0
     while high - low > 1e-12:
         middle = (low + high) / 2
-        low, high = (low, middle) if _within(middle, freedom) >= 0.95 else (middle, high)
+        low, high = (low, middle) if student_within(middle, freedom) >= 0.95 else (middle, high)
     return (low + high) / 2
 
 
-def _within(t: float, freedom: int) -> float:
-    """Probability that |T| <= t."""
+def student_within(t: float, freedom: int) -> float:
+    """Probability that Student's t with a whole number of degrees of freedom lies between -t and t."""
     angle = math.atan(t / math.sqrt(freedom))
     sine, square = math.sin(angle), math.cos(angle) ** 2
     odd = freedom % 2
@@ -112,7 +117,7 @@ def _within(t: float, freedom: int) -> float:
 
 
 def bootstrap_ratio(sums: Sequence[float], counts: Sequence[float], *, seed: int = 0) -> Interval | None:
-    """95 % percentile interval of `sum(sums) / sum(counts)` when whole clusters are drawn again.
+    """95 % percentile interval of `sum(sums) / sum(counts)` when whole clusters are drawn again, see `tail_share`.
 
     Args:
         sums: One sum per cluster (document, window, sample).
@@ -132,8 +137,29 @@ def bootstrap_ratio(sums: Sequence[float], counts: Sequence[float], *, seed: int
         drawn = rng.integers(0, len(top), (min(rows, _DRAWS - start), len(top)))
         below = bottom[drawn].sum(1)
         ratios.append(top[drawn].sum(1)[below > 0] / below[below > 0])
-    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
+    tail = tail_share(len(top))
+    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def tail_share(clusters: int) -> float:
+    """The share of bootstrap draws that a 95 % interval leaves out on either side: 2.5 % for many clusters, less for few.
+
+    Draws from few clusters spread too little: by the root of (n - 1) / n, and as if their spread were known. The
+    interval is widened to where Student's t would end: 1.5 % at 20 clusters, 0.1 % at 5.
+
+    Source:
+        Hesterberg 2015, The American Statistician 69(4), the expanded percentile interval.
+    """
+    return _NORMAL.cdf(-math.sqrt(clusters / (clusters - 1)) * student_t95(clusters - 1))
+
+
+def widened_p(p: float, clusters: int) -> float:
+    """A bootstrap's two-sided p, made larger for few clusters so that it is 5 % where the interval of `tail_share` ends."""
+    if p >= 1 or clusters < 2:
+        return 1.0
+    t = -_NORMAL.inv_cdf(p / 2) * math.sqrt((clusters - 1) / clusters)
+    return 1 - student_within(t, clusters - 1) if clusters <= _MANY else p
 
 
 def share(values: Sequence[float]) -> dict[str, Any]:

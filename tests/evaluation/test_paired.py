@@ -86,7 +86,16 @@ def test_clusters_are_drawn_whole():
 def test_few_clusters_never_give_a_smaller_p_than_their_signs_could():
     assert paired_bootstrap([0.3], [1]) == (None, 1.0)
     assert paired_bootstrap([0.3, 0.3, 0.3], [1, 1, 1]) == ((pytest.approx(0.3), pytest.approx(0.3)), 0.25)
-    assert paired_bootstrap([0.3] * 40, [1] * 40)[1] == 2 / 10_001
+    # No draw falls on the other side; Student's t with 39 degrees of freedom makes 2 / 10,001 of it 0.00072.
+    assert paired_bootstrap([0.3] * 40, [1] * 40)[1] == pytest.approx(0.00072, abs=5e-6)
+
+
+def test_the_interval_leaves_0_out_exactly_where_p_is_below_5_per_cent():
+    rng = random.Random(5)
+    for _ in range(60):
+        differences = [rng.gauss(0.45, 1) for _ in range(20)]
+        (low, high), p = paired_bootstrap(differences, [1] * 20)
+        assert (p < 0.05) == (not low <= 0 <= high) or p == pytest.approx(0.05, abs=0.004)
 
 
 def test_holm_steps_down_and_never_falls():

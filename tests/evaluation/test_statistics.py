@@ -12,6 +12,8 @@ from longlora_cli.evaluation.statistics import (
     smallest_gap,
     smallest_paired_gap,
     student_t95,
+    tail_share,
+    widened_p,
     wilson,
     wilson_clustered,
 )
@@ -110,6 +112,27 @@ def test_the_clustered_interval_holds_the_truth_where_the_other_two_do_not():
     clustered, independent, drawn = held / 400
     assert clustered > 0.94
     assert max(independent, drawn) < 0.80
+
+
+def test_a_bootstrap_of_few_clusters_is_widened_by_students_t():
+    assert tail_share(10**6) == pytest.approx(0.025, abs=1e-5)
+    assert tail_share(5) == pytest.approx(0.00095, abs=1e-5)
+    assert tail_share(20) == pytest.approx(0.01588, abs=1e-5)
+    for clusters in (3, 20, 300):  # a p at the interval's own tail is 5 %
+        assert widened_p(2 * tail_share(clusters), clusters) == pytest.approx(0.05, abs=1e-9)
+    assert widened_p(1.0, 20) == 1.0
+    assert widened_p(0.04, 10**6) == 0.04
+    assert student_t95(10_001) == pytest.approx(student_t95(10_000), abs=1e-7)
+
+
+def test_the_widened_bootstrap_holds_the_truth_more_often_than_plain_percentiles():
+    rng, held = np.random.default_rng(1), np.zeros(2)
+    for _ in range(300):
+        values = rng.normal(0, 1, 5)
+        low, high = bootstrap_ratio(values.tolist(), [1] * 5)
+        plain = np.quantile(values[rng.integers(0, 5, (2000, 5))].mean(1), [0.025, 0.975])
+        held += [low <= 0 <= high, plain[0] <= 0 <= plain[1]]
+    assert held[0] / 300 > 0.90 > 0.88 > held[1] / 300
 
 
 def test_clustered_means_group_by_their_marks():
