@@ -143,7 +143,7 @@ def bootstrap_ratio(sums: Sequence[float], counts: Sequence[float], *, seed: int
 
 
 def tail_share(clusters: int) -> float:
-    """The share of bootstrap draws that a 95 % interval leaves out on either side: 2.5 % for many clusters, less for few.
+    """The share of draws that a 95 % interval leaves out on either side: 2.5 % for many clusters, less for few.
 
     Draws from few clusters spread too little: by the root of (n - 1) / n, and as if their spread were known. The
     interval is widened to where Student's t would end: 1.5 % at 20 clusters, 0.1 % at 5.
@@ -155,7 +155,7 @@ def tail_share(clusters: int) -> float:
 
 
 def widened_p(p: float, clusters: int) -> float:
-    """A bootstrap's two-sided p, made larger for few clusters so that it is 5 % where the interval of `tail_share` ends."""
+    """A bootstrap's two-sided p, made larger for few clusters: 5 % where the interval of `tail_share` ends."""
     if p >= 1 or clusters < 2:
         return 1.0
     t = -_NORMAL.inv_cdf(p / 2) * math.sqrt((clusters - 1) / clusters)
