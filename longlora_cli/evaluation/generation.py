@@ -110,7 +110,6 @@ def predict(
                 "key": key,
                 "task": question.task,
                 **question.facts,
-                "sample_hash": question.sample_hash,
                 "references": question.references,
                 "prediction": answer.text,
                 "finish": answer.finish,
@@ -123,7 +122,7 @@ def predict(
         if advance is not None:
             advance(1)
         # Equal questions share a key, but each has its own place.
-        yield row | question.facts
+        yield row | question.facts | {"sample_hash": question.sample_hash}
 
 
 def speed(rows: Sequence[Row]) -> Row:

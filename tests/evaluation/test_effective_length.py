@@ -74,6 +74,9 @@ def test_the_chance_in_the_base_widens_nolimas_interval():
     assert effective_lengths(sure)["nolima"]["not_excluded"] == []  # 0.765 is above 0.76
     unsure = [{**sure[0], "ci95": [0.8, 0.95]}, sure[1]]
     assert effective_lengths(unsure)["nolima"]["not_excluded"] == [2 * K]
+    passes = {"length": 2 * K, "score": 0.78, "ci95": [0.77, 0.79]}  # above 0.765, but not above 0.85 * 0.95
+    assert effective_lengths([sure[0], passes])["nolima"]["certain"] == 2 * K
+    assert effective_lengths([unsure[0], passes])["nolima"]["certain"] == K
 
 
 def test_a_base_of_nothing_has_no_effective_length():

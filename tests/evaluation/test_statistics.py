@@ -93,6 +93,10 @@ def test_shared_texts_are_worth_fewer_answers():
     worth = 20 * (student_t95(19) / student_t95(3)) ** 2
     assert wilson_clustered([5] * 4, [5] * 4) == wilson(worth, worth)
     assert wilson_clustered([5] * 4, [5] * 4)[0] == pytest.approx(0.692, abs=1e-3)
+    # In between, by hand: 14 of 20, variance between texts 4/3 * 5, so deff = 6.667 / 4.2.
+    worth = 20 / (20 / 3 / 4.2) * (student_t95(19) / student_t95(3)) ** 2
+    assert wilson_clustered([3, 5, 2, 4], [5] * 4) == pytest.approx(wilson(0.7 * worth, worth))
+    assert worth == pytest.approx(5.45, abs=0.01)
     assert wilson_clustered([3], [5]) == wilson(0.6, 1.0)  # one text says next to nothing
     assert wilson_clustered([0] * 4, [5] * 4)[0] == 0.0
     for sums, counts in [([], []), ([1], [0]), ([2], [1]), ([-1, 1], [1, 1])]:
