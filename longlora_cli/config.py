@@ -197,8 +197,8 @@ class EvalConfig(RopeSection, ModelSection):
         """`out` and `compare` are two finished folders: nothing is measured or written."""
         return self.compare is not None and not (self.given("model") or self.given("adapter"))
 
-    def command_module(self, command: str) -> str:
-        """Finished folders are compared without torch."""
+    def module(self, command: str) -> str:
+        """`eval_compare` for two finished folders: it starts without torch."""
         return "eval_compare" if self.only_compares else command
 
     @model_validator(mode="after")

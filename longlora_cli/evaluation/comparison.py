@@ -176,9 +176,8 @@ def _compare_rows(a: Evaluation, b: Evaluation, task: str) -> tuple[list[Cell], 
         return [], facts, [{"task": task, "why": "no sample in common: " + ", ".join(_why(a, b, task))}]
     cells, left_out = [], []
     for score in pairing.pairs[0][0]["scores"]:
-        versions = [why for name, why in different.items() if score.startswith(name)]
-        if versions:
-            left_out.append({"task": task, "score": score, "why": versions[0]})
+        if score in different:
+            left_out.append({"task": task, "score": score, "why": different[score]})
         elif any(score not in row["scores"] for pair in pairing.pairs for row in pair):
             left_out.append({"task": task, "score": score, "why": "not every row has it"})
         else:
@@ -187,16 +186,16 @@ def _compare_rows(a: Evaluation, b: Evaluation, task: str) -> tuple[list[Cell], 
 
 
 def _other_scorers(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]:
-    """Scorers whose versions differ: name -> what to say; an empty name stands for the whole task."""
+    """Scores whose scorers' versions differ: key -> what to say; an empty key stands for the whole task."""
     if a.get("scorer") != b.get("scorer"):
         return {"": f"scored by {a.get('scorer')} and {b.get('scorer')}"}
     one, other = (
-        {version.partition("@")[0]: version for version in task.get("scorers", [])} for task in (a, b)
+        {key: score.get("scorer") for key, score in task.get("scores", {}).items()} for task in (a, b)
     )
     return {
-        name: f"scored by {version} and {other[name]}"
-        for name, version in one.items()
-        if name in other and other[name] != version
+        key: f"scored by {version} and {other[key]}"
+        for key, version in one.items()
+        if key in other and other[key] != version
     }
 
 

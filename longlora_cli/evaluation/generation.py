@@ -145,8 +145,8 @@ def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[R
         metrics: From `metrics.load_metrics`.
 
     Returns:
-        The summary `{"n", "scores": {key: {"n", "score", "ci95", "clusters"}}, "scorers": [...], "cut"}`, where
-        `cut` is the share of answers that ended at the limit, and the rows with their `scores`. Rows of one `document`
+        The summary `{"n", "scores": {key: {"n", "score", "ci95", "clusters", "scorer"}}, "scorers": [...], "cut"}`,
+        where `cut` is the share of answers that ended at the limit, and the rows with their `scores`. Rows of one `document`
         are a cluster; a row without is one of its own.
 
     Raises:
@@ -161,7 +161,8 @@ def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[R
     for metric in metrics:
         found = metric.compute(predictions=predictions, references=references, per_sample=True)
         for key, values in found["per_sample"].items():
-            summary[key] = mean_clustered(values, texts, binary=metric.scorer.binary)
+            average = mean_clustered(values, texts, binary=metric.scorer.binary)
+            summary[key] = average | {"scorer": metric.scorer.version}
             for row, value in zip(scored, values, strict=True):
                 row["scores"][key] = value
     cut = sum(row["finish"] == "length" for row in rows) / len(rows)

@@ -219,7 +219,7 @@ def test_another_scorer_version_is_left_out_by_name(tmp_path):
     a = make(tmp_path / "a", **both)
     b = make(tmp_path / "b", **both)
     b.results["tasks"]["needle"]["scorer"] = "retrieval@exact-2"
-    b.results["tasks"]["generate"]["scorers"] = ["f1@other", "accuracy@contains-any"]
+    b.results["tasks"]["generate"]["scores"]["f1"]["scorer"] = "f1@other"
     found = compare_evaluations(a, b)
     assert {(c["task"], c["score"]) for c in found["cells"]} == {("generate", "accuracy")}
     assert found["left_out"] == [
