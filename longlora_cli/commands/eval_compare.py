@@ -117,15 +117,17 @@ def _line(cell: Mapping[str, Any], *, by_text: bool) -> list[str]:
         f"{cell['a']:.3f}",
         f"{cell['b']:.3f}",
         f"{cell['difference']:+.3f}",
-        _interval(cell["ci95"]),
+        _interval(
+            cell["ci95"], 2 if "a_only" in cell else 3
+        ),  # shares with signs on both ends fit 80 columns so
         _p(cell["p"]),
         *([_p(cell["p_by_text"]) if "p_by_text" in cell else ""] if by_text else []),
         _p(_highest_p(cell)),
     ]
 
 
-def _interval(ci95: Sequence[float] | None) -> str:
-    return "" if ci95 is None else f"[{ci95[0]:.3f}, {ci95[1]:.3f}]"
+def _interval(ci95: Sequence[float] | None, digits: int = 3) -> str:
+    return "" if ci95 is None else f"[{ci95[0]:.{digits}f}, {ci95[1]:.{digits}f}]"
 
 
 def _remark(cell: Mapping[str, Any]) -> str:

@@ -146,8 +146,8 @@ def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[R
 
     Returns:
         The summary `{"n", "scores": {key: {"n", "score", "ci95", "clusters", "scorer"}}, "scorers": [...], "cut"}`,
-        where `cut` is the share of answers that ended at the limit, and the rows with their `scores`. Rows of one `document`
-        are a cluster; a row without is one of its own.
+        where `cut` is the share of answers that ended at the limit, and the rows with their `scores`. Rows of one
+        `document` are a cluster; a row without is one of its own.
 
     Raises:
         DataError: No rows. A fault inside a scorer is raised as it is.
