@@ -198,16 +198,35 @@ class EvalConfig(RopeSection, ModelSection):
     max_new_tokens: int = setting(64, "Longest answer.", ge=1)
     prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
+    effective_score: float = setting(
+        85.6, "Per cent that a length must score to count as effective; default: RULER's.", gt=0, le=100
+    )
+    compare: Path | None = setting(
+        None, "Finished evaluation to compare with, by paired tests; without --model, --out is finished too."
+    )
+
+    @property
+    def only_compares(self) -> bool:
+        """`out` and `compare` are two finished folders: nothing is measured or written."""
+        return self.compare is not None and not (self.given("model") or self.given("adapter"))
+
+    def module(self, command: str) -> str:
+        """`eval_compare` for two finished folders: it starts without torch."""
+        return "eval_compare" if self.only_compares else command
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
+        if self.only_compares:
+            for name in sorted(self.model_fields_set - {"out", "compare"}):
+                self.needs(name, False, "without --model, --out and --compare are two finished folders")
+            return self
         tasks = set(self.tasks)
         if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
             raise ValueError(
                 f"--tasks knows ppl, passkey, needle, generate; not {', '.join(sorted(unknown))}"
             )
         grid = bool(tasks & {"passkey", "needle"})
-        for name in ("haystack", "lengths", "depths", "samples", "seed"):
+        for name in ("haystack", "lengths", "depths", "samples", "seed", "effective_score"):
             self.needs(name, grid, "it belongs to passkey and needle")
         for name in ("needle_facts", "needle_wording"):
             self.needs(name, "needle" in tasks, "it belongs to needle")

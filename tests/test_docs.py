@@ -67,6 +67,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
             assert run(f"longlora prepare note.txt --max-length 128 --out {name} --json") == 0
         for name, seed in (("run", 0), ("run-a", 0), ("run-b", 1)):
             assert run(f"longlora train --data data --steps 1 --seed {seed} --out {name} --json") == 0
+        measure = "--tasks needle --haystack books --lengths 512 --depths 1 --samples 1 --max-new-tokens 2"
+        assert run(f"longlora eval --model builtin {measure} --out before --json") == 0
+        shutil.copytree("before", "after")
     finally:
         os.chdir(before)
     return folder
@@ -77,7 +80,8 @@ def as_in_workspace(line: str) -> list[str]:
     words = shlex.split(line)
     if words[1] == "train" and "--model" in words:
         words[words.index("--model") + 1] = "builtin"
-    if "--out" in words:
+    compares = "--compare" in words and "--model" not in words  # its --out exists already
+    if "--out" in words and not compares:
         words[words.index("--out") + 1] = "somewhere-new"
     return words
 

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from longlora_cli import __version__
+from longlora_cli.commands import eval_compare
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
 from longlora_cli.evaluation.answerer import SessionAnswerer
+from longlora_cli.evaluation.effective_length import tokens
+from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
 from longlora_cli.evaluation.measure import (
     TaskResult,
@@ -43,9 +46,13 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         dry_run: Load the tokenizer only, check and count; write nothing.
 
     Returns:
-        The content of `results.json`, with `out`; for a dry run the counts of each task.
+        The content of `results.json`, with `out` and with `comparison` where there is one; for a dry run the counts of
+        each task.
     """
+    if config.only_compares:
+        return eval_compare.run(config, console, dry_run=dry_run)
     refuse_existing(config.out)
+    other = eval_compare.read_other(config)
     plan = make_plan(config, _load_tokenizer(config, console))
     if dry_run:
         return _show_counts(plan, console)
@@ -61,6 +68,7 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
             results: dict[str, Any] = {
                 "settings": config.model_dump(mode="json"),
                 "model": {"name": config.model, **identity},
+                "inputs": input_hashes(plan),
                 "versions": _versions(),
                 "tasks": {task: result.summary for task, result in found.items()},
                 "peak_bytes": peak_bytes(loaded),
@@ -76,7 +84,8 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB)"
     )
-    return {**results, "out": str(config.out)}
+    compared = {} if other is None else {"comparison": eval_compare.compare(config.out, other, console)}
+    return {**results, "out": str(config.out), **compared}
 
 
 def _load_tokenizer(config: EvalConfig, console: Console) -> Any:
@@ -230,8 +239,19 @@ def _show_grid(summary: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"{100 * summary['score']:.0f} % right {_interval([100 * v for v in summary['ci95']], '{:.0f}')}, "
-        f"{100 * summary['contains']:.0f} % contain the answer, n={summary['n']}"
+        f"{100 * summary['contains']:.0f} % contain the answer, n={summary['n']} in {summary['samples']} texts"
     )
+    _show_effective_length(summary, console)
+
+
+def _show_effective_length(summary: dict[str, Any], console: Console) -> None:
+    """Nothing for a task of one length."""
+    rules = {"ruler": "{threshold:.1f} % right", "nolima": "85 % of the {base:.1f} % at {base_length}"}
+    for rule, needed in rules.items() if "effective_length" in summary else ():
+        found = summary["effective_length"][rule]
+        numbers = {"threshold": 100 * found["threshold"], "base": 100 * found.get("base", 0.0)}
+        wanted = needed.format(**numbers, base_length=tokens(found.get("base_length", 0)))
+        console.print(f"effective length ({wanted}): {found['text']}")
 
 
 def _show_generation(summary: dict[str, Any], console: Console) -> None:

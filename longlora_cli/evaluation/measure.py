@@ -71,7 +71,7 @@ def measure_grid(
             advance=advance,
         )
     )
-    summary, scored = score_grid(rows)
+    summary, scored = score_grid(rows, threshold=plan.config.effective_score / 100)
     return TaskResult({**summary, **speed(rows)}, scored)
 
 
