@@ -166,7 +166,10 @@ class EvalConfig(RopeSection, ModelSection):
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
     tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
-    out: Path = setting(..., "Folder to make.", short="-o")
+    out: Path = setting(..., "Folder to make; with --report the .html file.", short="-o")
+    report: Path | None = setting(
+        None, "Finished evaluation whose report is made anew from its results and samples; no model is read."
+    )
     data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
     split: str = setting("test", "Split of a hub or saved dataset.")
     haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
@@ -188,6 +191,9 @@ class EvalConfig(RopeSection, ModelSection):
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
+        if self.report is not None:
+            self.allows_only("report", "out")
+            return self
         tasks = set(self.tasks)
         if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
             raise ValueError(

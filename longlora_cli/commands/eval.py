@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from longlora_cli import __version__
+from longlora_cli.commands.eval_report import remake
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
@@ -26,7 +27,8 @@ from longlora_cli.evaluation.measure import (
     peak_bytes,
 )
 from longlora_cli.evaluation.plan import EvalPlan, make_plan
-from longlora_cli.evaluation.report import save_heatmap, save_position_curve
+from longlora_cli.evaluation.report.page import make_page
+from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
@@ -42,8 +44,11 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         dry_run: Load the tokenizer only, check and count; write nothing.
 
     Returns:
-        The content of `results.json`, with `out`; for a dry run the counts of each task.
+        The content of `results.json`, with `out`; for a dry run the counts of each task. With `report`, what
+        `eval_report.remake` returns.
     """
+    if config.report is not None:
+        return remake(config.report, config.out, console, dry_run=dry_run)
     refuse_existing(config.out)
     plan = make_plan(config, _load_tokenizer(config, console))
     if dry_run:
@@ -73,7 +78,8 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     for task, summary in results["tasks"].items():
         _SHOW[task](summary, console)
     console.print(
-        f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB)"
+        f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
+        f"open {config.out / 'report.html'} in a browser"
     )
     return {**results, "out": str(config.out)}
 
@@ -147,6 +153,8 @@ def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskRe
                 np.save(staging / "nll.npy", np.concatenate(result.nll))
                 offsets = np.cumsum([0, *map(len, result.nll)], dtype=np.int64)
                 np.save(staging / "nll_offsets.npy", offsets)
+        page, _ = make_page(results, {task: result.rows for task, result in found.items()})
+        write_text(staging / "report.html", page)
 
 
 def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) -> None:

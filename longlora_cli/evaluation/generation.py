@@ -133,7 +133,7 @@ def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[R
         metrics: From `metrics.load_metrics`.
 
     Returns:
-        The summary `{"n", "scores": {key: {"n", "score", "ci95"}}, "scorers": [...], "cut"}`, where `cut` is
+        The summary `{"n", "scores": {key: {"n", "score", "ci95", "scorer"}}, "scorers": [...], "cut"}`, where `cut` is
         the share of answers that ended at the limit, and the rows with their `scores`.
 
     Raises:
@@ -147,7 +147,7 @@ def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[R
     for metric in metrics:
         found = metric.compute(predictions=predictions, references=references, per_sample=True)
         for key, values in found["per_sample"].items():
-            summary[key] = mean(values, binary=metric.scorer.binary)
+            summary[key] = mean(values, binary=metric.scorer.binary) | {"scorer": metric.scorer.version}
             for row, value in zip(scored, values, strict=True):
                 row["scores"][key] = value
     cut = sum(row["finish"] == "length" for row in rows) / len(rows)
