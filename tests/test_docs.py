@@ -65,6 +65,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
         shutil.copytree(tiny_model_folder, "smollm2")
         for name in ("data", "held-out"):
             assert run(f"longlora prepare note.txt --max-length 128 --out {name} --json") == 0
+        grid = "--tasks passkey --haystack noise --lengths 256 --depths 1 --samples 1 --max-new-tokens 2"
+        assert run(f"longlora eval {grid} --out report --json") == 0
         for name, seed in (("run", 0), ("run-a", 0), ("run-b", 1)):
             assert run(f"longlora train --data data --steps 1 --seed {seed} --out {name} --json") == 0
     finally:

@@ -147,6 +147,18 @@
     filterRows();
   }
 
+  // What is too wide is scrolled with the keyboard; what is not is no stop of the Tab key.
+  const scrollers = document.querySelectorAll(".scroll");
+  const stop = () => {
+    for (const box of scrollers) {
+      if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
+      else box.removeAttribute("tabindex");
+    }
+  };
+  for (const folded of document.querySelectorAll("details")) folded.addEventListener("toggle", stop);
+  window.addEventListener("resize", stop);
+  stop();
+
   // Arrow keys inside a heatmap; Tab enters and leaves it.
   for (const group of document.querySelectorAll(".heatmap .cells")) {
     const cells = [...group.querySelectorAll(".cell")];

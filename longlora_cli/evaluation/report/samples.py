@@ -66,7 +66,7 @@ def pick(
     # Small tasks first: what they leave of their share is the others'.
     for number, task in enumerate(sorted(asked, key=lambda task: len(asked[task]))):
         left = len(asked) - number
-        found[task], used = _fitting(task, _chosen(asked[task], places // left), room // left)
+        found[task], used = _fitting(task, asked[task], places // left, room // left)
         places, room = places - len(found[task]), room - used
     return Picked(
         [row for task in asked for row in found[task]],
@@ -89,16 +89,14 @@ def _spread(rows: list[Row], most: int) -> list[Row]:
     return [rows[place * len(rows) // most] for place in range(most)]
 
 
-def _fitting(task: str, rows: list[Row], room: int) -> tuple[list[Row], int]:
-    shown, used = [], 0
-    for row in rows:
-        one = _shown(task, row)
-        size = len(_as_json(one).encode())
-        if used + size > room:
-            break
-        shown.append(one)
-        used += size
-    return shown, used
+def _fitting(task: str, rows: list[Row], most: int, room: int) -> tuple[list[Row], int]:
+    """The chosen samples as the page has them, fewer where they are too long, and their bytes."""
+    while True:
+        shown = [_shown(task, row) for row in _chosen(rows, most)]
+        used = sum(len(_as_json(row).encode()) for row in shown)
+        if used <= room:
+            return shown, used
+        most = min(len(shown) - 1, len(shown) * room // used)
 
 
 def _shown(task: str, row: Row) -> Row:
