@@ -38,10 +38,11 @@ def interval(ci95: Sequence[float] | None, *, is_share: bool) -> str:
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from below `low` to above `high`, in steps of 1, 2 or 5 times a power of ten.
 
-    The first is at most `low` and the last at least `high`; equal ends get room on both sides.
+    The first is at most `low` and the last at least `high`; ends that are equal to a millionth get room on both sides.
     """
-    if high <= low:
-        room = abs(low) * 0.05 or 1.0
+    largest = max(abs(low), abs(high))
+    if high - low < 1e-6 * max(1, largest):
+        room = max(0.05 * largest, 1e-3)
         low, high = low - room, high + room
     rough = (high - low) / about
     power = 10 ** math.floor(math.log10(rough))

@@ -143,6 +143,11 @@ def test_the_loss_curves_have_nats_left_perplexity_right_and_a_name_each(open_pa
         lines = np.array([float(line.get_attribute("y1")) for line in plot.locator("line.grid").all()])
         scale = (max(lines) - min(lines)) / (max(left) - min(left))
         assert heights == pytest.approx(max(lines) - (np.array(losses) - min(left)) * scale, abs=0.06)
+        # The intervals are of perplexities; their logarithms are 0.2 above and 0.1 below the loss.
+        corners = plot.locator(f".series-{series} polygon").get_attribute("points").split()
+        found = [float(corner.split(",")[1]) for corner in corners]
+        ends = np.array([nll + 0.2 for nll in losses] + [nll - 0.1 for nll in reversed(losses)])
+        assert found == pytest.approx(max(lines) - (ends - min(left)) * scale, abs=0.06)
         said = dots.locator("title").all_text_contents()
         assert f"perplexity {math.exp(losses[1]):.4g} " in said[1]
         assert said[1].endswith("n=2,000 tokens")
