@@ -52,7 +52,7 @@ def scores_of(summary: Summary) -> list[Score]:
     for name, each in summary.get("scores", {}).items():
         one = each if isinstance(each, dict) else {"score": each, "n": summary["n"]}
         found.append(
-            Score(name, "all", one["score"], one.get("ci95"), one["n"], scorer, True)
+            Score(name, "all", one["score"], one.get("ci95"), one["n"], one.get("scorer", scorer), True)
         )
     by_length = [_shares(part, f"{part['length']:,} tokens", scorer) for part in summary.get("lengths", [])]
     # All lengths of one score after another, so that a column is read downwards.
