@@ -189,6 +189,10 @@ class EvalConfig(RopeSection, ModelSection):
     prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
 
+    def module(self, command: str) -> str:
+        """`eval_report` for --report: it starts without torch."""
+        return "eval_report" if self.report is not None else command
+
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
         if self.report is not None:

@@ -131,7 +131,7 @@ def add_command(app: typer.Typer, name: str, summary: str) -> None:
         console = Console(json_mode=json_mode)
         settings = resolve(name, values, recipe)
         quiet_libraries()  # what libraries say while they are imported
-        module = import_module(f"longlora_cli.commands.{name}")
+        module = import_module(f"longlora_cli.commands.{settings.module(name)}")
         quiet_libraries()  # what needs them imported to be turned off
         entry: Callable[..., dict[str, Any]] = module.run
         console.result(entry(settings, console, dry_run=dry_run))

@@ -20,6 +20,10 @@ class Section(BaseModel):
     # Schemas are built at the first use of a config, not at import: help needs none, and they take 30 ms.
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), defer_build=True)
 
+    def module(self, command: str) -> str:
+        """The module under `commands` that runs these settings: the command's own, or a part that needs no torch."""
+        return command
+
     def given(self, name: str) -> bool:
         """True when the user gave this setting, rather than leaving its default."""
         return name in self.model_fields_set

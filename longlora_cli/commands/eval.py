@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from longlora_cli import __version__
-from longlora_cli.commands.eval_report import remake
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
@@ -44,11 +43,8 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         dry_run: Load the tokenizer only, check and count; write nothing.
 
     Returns:
-        The content of `results.json`, with `out`; for a dry run the counts of each task. With `report`, what
-        `eval_report.remake` returns.
+        The content of `results.json`, with `out`; for a dry run the counts of each task.
     """
-    if config.report is not None:
-        return remake(config.report, config.out, console, dry_run=dry_run)
     refuse_existing(config.out)
     plan = make_plan(config, _load_tokenizer(config, console))
     if dry_run:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import DataError, IntegrityError, SettingsError
 from longlora_cli.evaluation.report.page import make_page
@@ -15,12 +16,11 @@ from longlora_cli.storage import is_artifact, refuse_existing, verify_folder, wr
 _RESULTS = "results.json"
 
 
-def remake(folder: Path, out: Path, console: Console, *, dry_run: bool) -> dict[str, Any]:
-    """Make `out` from the results and samples in `folder`, which stays as it is: its manifest vouches for every byte.
+def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
+    """Make `out` from the results and samples in `report`, which stays as it is: its manifest vouches for every byte.
 
     Args:
-        folder: A finished evaluation.
-        out: The HTML file to make.
+        config: The settings: `report`, a finished evaluation, and `out`, the HTML file to make.
         console: Told what was written.
         dry_run: Read and make everything, write nothing.
 
@@ -29,9 +29,11 @@ def remake(folder: Path, out: Path, console: Console, *, dry_run: bool) -> dict[
 
     Raises:
         SettingsError: `out` exists, or is not an .html file.
-        DataError: `folder` is not an evaluation.
+        DataError: `report` is not an evaluation.
         IntegrityError: It is one whose bytes have changed.
     """
+    assert config.report is not None  # or this module would not run: EvalConfig.module
+    folder, out = config.report, config.out
     if out.suffix.lower() != ".html":
         raise SettingsError(
             f"--out {out} is not an .html file",

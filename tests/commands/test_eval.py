@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -67,7 +68,8 @@ def no_model(monkeypatch):
 
 
 def run(config, *, dry_run=False):
-    return command.run(config, Console(json_mode=True), dry_run=dry_run)
+    module = import_module(f"longlora_cli.commands.{config.module('eval')}")
+    return module.run(config, Console(json_mode=True), dry_run=dry_run)
 
 
 def without_times(value):
@@ -146,6 +148,16 @@ def test_a_report_made_anew_is_the_same_page_and_leaves_the_evaluation_as_it_is(
     verify_folder(finished, "evaluation")
     page = out.read_text()
     assert page.index('id="task-passkey"') < page.index('id="task-generate"')
+
+
+def test_a_report_needs_no_torch(finished, tmp_path):
+    code = (
+        "import sys\nfrom longlora_cli.cli import main\ntry:\n"
+        f"    main(['eval', '--report', {str(finished)!r}, '--out', {str(tmp_path / 'page.html')!r}])\n"
+        "except SystemExit as left:\n    print(left.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] in ("0 False False", "None False False")
 
 
 def test_a_dry_run_of_a_report_writes_nothing(finished, tmp_path, no_model):

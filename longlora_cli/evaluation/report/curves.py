@@ -111,20 +111,19 @@ def loss_by_position(task: str, summary: dict[str, Any]) -> Markup:
     Args:
         task: For the label.
         summary: Has `by_position` as `perplexity.position_curve` makes it: `from`, `to`, `n`, `nll`, `perplexity`,
-            `ci95` (of the perplexity). Where it has `by_position_short` too, the same buckets' losses with at most
-            `short_context` tokens of context, they are the second curve.
+            `ci95` (of the perplexity). Where buckets have `short_nll`, `short_perplexity` and `short_ci95` too, the same
+            tokens' losses with at most `short_context` tokens of context, they are the second curve.
     """
-    full, short = summary["by_position"], summary.get("by_position_short") or []
-    places = sorted({(bucket["from"], bucket["to"]) for bucket in [*full, *short]})
-    curves = [Curve("full context" if short else "", _loss_points(full, places))]
+    buckets = summary["by_position"]
+    short = any("short_nll" in bucket for bucket in buckets)
+    curves = [Curve("full context" if short else "", _loss_points(buckets, ""))]
     if short:
-        limit = summary.get("short_context")
-        name = "short context" if limit is None else f"at most {limit:,} tokens of context"
-        curves.append(Curve(name, _loss_points(short, places)))
+        name = f"at most {summary['short_context']:,} tokens of context"
+        curves.append(Curve(name, _loss_points(buckets, "short_")))
     heights = [height for curve in curves for p in curve.points for height in (p.value, *(p.band or ()))]
     frame = Frame(
         label=f"{task}: loss by tokens of context, with 95 % intervals",
-        places=[f"{tokens(low)}–{tokens(high)}" for low, high in places],
+        places=[f"{tokens(bucket['from'])}–{tokens(bucket['to'])}" for bucket in buckets],
         x_title="tokens of context",
         y_ticks=ticks(min(heights), max(heights)),
         y_text=lambda nats: f"{nats:.4g}",
@@ -136,16 +135,17 @@ def loss_by_position(task: str, summary: dict[str, Any]) -> Markup:
     return draw(frame, curves)
 
 
-def _loss_points(buckets: Sequence[dict[str, Any]], places: list[tuple[int, int]]) -> list[Point]:
+def _loss_points(buckets: Sequence[dict[str, Any]], prefix: str) -> list[Point]:
     points = []
-    for bucket in buckets:
-        band = _band(bucket.get("ci95"))
-        nll = bucket["nll"] if "nll" in bucket else math.log(bucket["perplexity"])
+    for place, bucket in enumerate(buckets):
+        if f"{prefix}nll" not in bucket:
+            continue
+        nll, perplexity, ci95 = (bucket.get(prefix + key) for key in ("nll", "perplexity", "ci95"))
         said = (
             f"{bucket['from']:,} to {bucket['to']:,} tokens of context: {number(nll)} nats, perplexity "
-            f"{number(bucket['perplexity'])} {interval(bucket.get('ci95'), is_share=False)}, n={bucket['n']:,} tokens"
+            f"{number(perplexity)} {interval(ci95, is_share=False)}, n={bucket['n']:,} tokens"
         )
-        place = places.index((bucket["from"], bucket["to"]))
+        band = _band(ci95)
         points.append(
             Point(place, nll, None if band is None else (math.log(band[0]), math.log(band[1])), said)
         )

@@ -18,8 +18,10 @@ def tokens(count: int) -> str:
     return f"{count >> 10}K" if count >= 1024 and count % 1024 == 0 else f"{count:,}"
 
 
-def number(value: float) -> str:
-    """Any number: whole ones with commas, others with four significant digits."""
+def number(value: float | None) -> str:
+    """Any number: whole ones with commas, others with four significant digits; a dash for none."""
+    if value is None:
+        return "–"
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e15):
         return f"{int(value):,}"
     return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:,.0f}"

@@ -23,6 +23,7 @@ from longlora_cli.evaluation.report.scores import Score, flat, other_facts, scor
 # Perplexity's texts in a table; more of them are in samples/ppl.jsonl.
 _MOST_TEXTS = 200
 _SHOWN_VALUES = 12
+_SCORE_COLUMNS = ["score", "of", "value", "", "95 % interval", "n", "scorer"]
 
 
 def make_page(
@@ -35,8 +36,9 @@ def make_page(
     """The report of an evaluation.
 
     Args:
-        results: The content of `results.json`. `tasks` is needed; `model`, `settings`, `versions` and `audits`, a list
-            of `{"name", "value", "ok", "note"}`, are shown where they are. `ok` may be None: told, not judged.
+        results: The content of `results.json`. `tasks` is needed; `model`, `settings`, `versions`, `groups` (means of
+            several tasks, with `score` and `lengths`) and `audits`, a list of `{"name", "value", "ok", "note"}`, are shown
+            where they are. `ok` may be None: told, not judged.
         rows_by_task: The content of `samples/<task>.jsonl`.
         most_samples: At most so many samples in the page.
         most_bytes: At most so much JSON of samples in the page.
@@ -50,15 +52,17 @@ def make_page(
     tasks = {task: results["tasks"][task] for task in dict.fromkeys(order) if task in results["tasks"]}
     rows = {task: rows_by_task.get(task, []) for task in tasks}
     picked = pick(rows, most=most_samples, most_bytes=most_bytes)
+    groups: dict[str, Any] = results.get("groups", {})
     style, script = _source("page.css"), _source("page.js")
     name = str(results.get("model", {}).get("name", "model"))
     body = join(
         tag("a", "Skip to the results", href="#overview", class_="skip"),
-        _head(results, name, list(tasks)),
+        _head(results, name, [*groups, *tasks]),
         tag(
             "main",
-            _overview(tasks),
+            _overview(tasks, groups),
             _audits(results.get("audits")),
+            *(_group(name, group) for name, group in groups.items()),
             *(_task(task, summary, rows[task]) for task, summary in tasks.items()),
             _browser(picked),
             _settings(results),
@@ -99,7 +103,7 @@ def _slug(task: str) -> str:
     return "task-" + "".join(character if character.isalnum() else "-" for character in task)
 
 
-def _head(results: dict[str, Any], name: str, tasks: list[str]) -> Markup:
+def _head(results: dict[str, Any], name: str, parts: list[str]) -> Markup:
     model, versions = results.get("model", {}), results.get("versions", {})
     facts: list[tuple[str, str]] = [("Model", name)]
     if model.get("base") not in (None, name):
@@ -125,7 +129,7 @@ def _head(results: dict[str, Any], name: str, tasks: list[str]) -> Markup:
     if cost:
         facts.append(("Cost", ", ".join(cost)))
     links = [("overview", "Overview"), *([("audits", "Audits")] if results.get("audits") else [])]
-    links += [(_slug(task), task) for task in tasks]
+    links += [(_slug(task), task) for task in parts]
     links += [("samples", "Samples"), ("settings", "Settings")]
     return tag(
         "header",
@@ -144,9 +148,9 @@ def _definitions(facts: Sequence[tuple[str, str]]) -> Markup:
     return tag("dl", *(tag("div", tag("dt", key), tag("dd", value)) for key, value in facts), class_="facts")
 
 
-def _overview(tasks: dict[str, Any]) -> Markup:
+def _overview(tasks: dict[str, Any], groups: dict[str, Any]) -> Markup:
     rows = []
-    for task, summary in tasks.items():
+    for task, summary in [*groups.items(), *tasks.items()]:
         for score in [s for s in scores_of(summary) if s.where == "all"][:1]:
             link = tag("a", task, href=f"#{_slug(task)}")
             rows.append([link, *_cells(score)[:1], *_cells(score)[2:]])
@@ -159,8 +163,50 @@ def _overview(tasks: dict[str, Any]) -> Markup:
             caption="The first score of each task; all of them are in the tasks' sections",
             class_="scores",
         ),
+        _by_length(groups | tasks),
         id="overview",
     )
+
+
+def _by_length(tasks: dict[str, Any]) -> Markup:
+    """Tasks down, lengths across, for several tasks that were asked at lengths."""
+    found = {
+        task: {part["length"]: part for part in summary["lengths"]}
+        for task, summary in tasks.items()
+        if summary.get("lengths")
+    }
+    lengths = sorted({length for parts in found.values() for length in parts})
+    if len(found) < 2 or len(lengths) < 2:
+        return Markup("")
+    rows: list[list[str]] = [
+        [task, *(_share_cell(parts.get(length)) for length in lengths)] for task, parts in found.items()
+    ]
+    caption = "Score by task and context length (tokens), with 95 % intervals"
+    return table(["task", *(f"{length:,}" for length in lengths)], rows, caption=caption, class_="lengths")
+
+
+def _share_cell(part: dict[str, Any] | None) -> str:
+    if part is None:
+        return "–"
+    bounds = interval(part.get("ci95"), is_share=True)
+    return tag("span", percent(part["score"]), " ", tag("small", bounds), title=f"n={part['n']:,}")
+
+
+def _group(name: str, group: dict[str, Any]) -> Markup:
+    """The mean of several tasks."""
+    tasks = group.get("tasks", [])
+    parts: list[Markup] = [tag("p", "The mean of " + ", ".join(tasks))]
+    if len(group.get("lengths", [])) > 1:
+        plot = accuracy_by_length(name, group)
+        parts.append(_figure("Mean score by length, band: 95 % intervals", plot))
+    caption = f"{name}: every score"
+    parts.append(
+        table(_SCORE_COLUMNS, [_cells(score) for score in scores_of(group)], caption=caption, class_="scores")
+    )
+    facts = {key: value for key, value in other_facts(group).items() if key != "tasks"}
+    if facts:
+        parts.append(_definitions([(key, _value(value)) for key, value in facts.items()]))
+    return tag("section", tag("h2", name), *parts, id=_slug(name), class_="group")
 
 
 def _cells(score: Score) -> list[str]:
@@ -226,6 +272,8 @@ def _task(task: str, summary: dict[str, Any], rows: Sequence[Row]) -> Markup:
         parts.append(
             _figure("Right answers by length, band: 95 % intervals", accuracy_by_length(task, summary))
         )
+    if summary.get("effective_length"):
+        parts.append(_effective(summary["effective_length"]))
     if summary.get("by_position"):
         title = (
             f"Loss by tokens of context, band: 95 % intervals; {summary['curve_windows']:,} "
@@ -234,13 +282,23 @@ def _task(task: str, summary: dict[str, Any], rows: Sequence[Row]) -> Markup:
         parts += [_figure(title, loss_by_position(task, summary)), _positions_table(task, summary)]
     if scores:
         caption = f"{task}: every score"
-        head = ["score", "of", "value", "", "95 % interval", "n", "scorer"]
-        parts.append(table(head, [_cells(score) for score in scores], caption=caption, class_="scores"))
+        parts.append(
+            table(_SCORE_COLUMNS, [_cells(score) for score in scores], caption=caption, class_="scores")
+        )
     if texts := [row for row in rows if "scores" not in row and "text" in row]:
         parts.append(_texts_table(task, texts))
     if facts := other_facts(summary):
         parts.append(_folded("Counts and costs", _definitions([(key, _value(facts[key])) for key in facts])))
     return tag("section", tag("h2", task), *parts, id=_slug(task), class_="task", data_task=task)
+
+
+def _effective(rules: dict[str, Any]) -> Markup:
+    """The effective context length by each rule, in words that say what the intervals leave open."""
+    facts = [
+        (f"Effective length by {rule}, {percent(found['threshold'])} needed", str(found["text"]))
+        for rule, found in rules.items()
+    ]
+    return _definitions(facts)
 
 
 def _figure(title: str, plot: Markup) -> Markup:
@@ -273,13 +331,14 @@ def _positions_table(task: str, summary: dict[str, Any]) -> Markup:
         [
             f"{bucket['from']:,} to {bucket['to']:,}",
             name,
-            number(bucket["nll"]) if "nll" in bucket else "–",
-            number(bucket["perplexity"]),
-            interval(bucket.get("ci95"), is_share=False),
+            number(bucket[f"{prefix}nll"]),
+            number(bucket[f"{prefix}perplexity"]),
+            interval(bucket.get(f"{prefix}ci95"), is_share=False),
             f"{bucket['n']:,}",
         ]
-        for name, key in (("full", "by_position"), ("short", "by_position_short"))
-        for bucket in summary.get(key) or []
+        for name, prefix in (("full", ""), ("short", "short_"))
+        for bucket in summary["by_position"]
+        if f"{prefix}nll" in bucket
     ]
     head = ["tokens of context", "context", "nats a token", "perplexity", "95 % interval", "n (tokens)"]
     return _folded("The same as a table", table(head, rows, caption=f"{task}: loss by position"))

@@ -4,7 +4,7 @@ A summary is recognised by its shape, not by its task's name, so that a new task
 
 - `score`, `ci95`, `n` and perhaps `contains`, `contains_ci95`: right answers, with `lengths` and `cells` of such;
 - `scores`: `{name: {"score", "ci95", "n"}}`, with `scorer` inside where scores differ in it;
-- `perplexity`, `nll`, ...: losses.
+- `perplexity`, `nll`, ...: losses, with `gain` where a short context was measured too.
 
 `scorer` or `scorers` name the versions.
 """
@@ -17,9 +17,28 @@ from typing import Any
 
 Summary = dict[str, Any]
 
-_LOSSES = ("perplexity", "perplexity_macro", "nll", "bits_per_byte")
+_LOSSES = (
+    "perplexity",
+    "perplexity_macro",
+    "perplexity_mean_of_texts",
+    "nll",
+    "bits_per_byte",
+    "byte_perplexity",
+    "word_perplexity",
+)
 # Shown elsewhere: as scores, pictures or beside every number.
-_SHOWN = {"n", "score", "ci95", "contains", "contains_ci95", "scorer", "scorers", "perplexity_ci95", *_LOSSES}
+_SHOWN = {
+    "n",
+    "score",
+    "ci95",
+    "contains",
+    "contains_ci95",
+    "scorer",
+    "scorers",
+    "gain",
+    "effective_length",
+    *_LOSSES,
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,8 @@ def scores_of(summary: Summary) -> list[Score]:
     scorer: str = summary.get("scorer") or ", ".join(summary.get("scorers", []))
     found = list(_shares(summary, "all", scorer))
     for name, each in summary.get("scores", {}).items():
+        if name == "score" and "score" in summary:
+            continue
         one = each if isinstance(each, dict) else {"score": each, "n": summary["n"]}
         found.append(
             Score(name, "all", one["score"], one.get("ci95"), one["n"], one.get("scorer", scorer), True)
@@ -61,6 +82,10 @@ def scores_of(summary: Summary) -> list[Score]:
         if summary.get(name) is not None:
             ci95 = summary.get("ci95") if name == "perplexity" else summary.get(f"{name}_ci95")
             found.append(Score(name, "all", summary[name], ci95, summary["n"], "", False))
+    gain = summary.get("gain", {})
+    for where, part in (("all", gain), ("beyond the short context", gain.get("beyond", {}))):
+        if part.get("gain") is not None:
+            found.append(Score("gain", where, part["gain"], part["gain_ci95"], part["n"], "", False))
     return found
 
 

@@ -91,8 +91,13 @@ def make_evaluation() -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
         "ci95": [12.0, 12.5],
         "perplexity_macro": 12.75,
         "bits_per_byte": 0.8125,
-        "by_position": position_curve([3.0, 2.75, 2.5]),
-        "by_position_short": position_curve([3.0, 2.875, 2.875]),
+        "by_position": [
+            {**full, **{f"short_{key}": short[key] for key in ("nll", "perplexity", "ci95")}}
+            for full, short in zip(
+                position_curve([3.0, 2.75, 2.5]), position_curve([3.0, 2.875, 2.875]), strict=True
+            )
+        ],
+        "gain": {"gain": 0.125, "gain_ci95": [0.0625, 0.25], "n": 7000, "beyond": {"gain": None, "n": 0}},
         "short_context": 128,
         "curve_windows": 7,
         "curve_source": "full windows",

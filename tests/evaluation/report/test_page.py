@@ -154,7 +154,8 @@ def test_the_loss_curves_have_nats_left_perplexity_right_and_a_name_each(open_pa
 
 
 def test_without_a_short_context_there_is_one_curve_and_no_name(open_page, evaluation):
-    del evaluation[0]["tasks"]["ppl"]["by_position_short"]
+    for bucket in evaluation[0]["tasks"]["ppl"]["by_position"]:
+        del bucket["short_nll"]
     opened = open_page(evaluation)
     plot = opened.page.locator("#task-ppl svg.curve")
     assert (plot.locator("polyline").count(), plot.locator("g > text").count()) == (1, 0)
@@ -169,7 +170,10 @@ def test_every_score_is_in_a_table_with_its_n_interval_and_scorer(open_page, eva
         ]
         for task in ("ppl", "needle", "generate")
     }
-    assert [row[0] for row in rows["ppl"]] == ["perplexity", "perplexity_macro", "nll", "bits_per_byte"]
+    assert [row[0] for row in rows["ppl"]] == [
+        "perplexity", "perplexity_macro", "nll", "bits_per_byte", "gain",
+    ]  # fmt: skip
+    assert rows["ppl"][-1][1:3] + rows["ppl"][-1][4:6] == ["all", "0.125", "[0.0625, 0.25]", "7,000"]
     assert rows["ppl"][0][1:3] + rows["ppl"][0][4:] == ["all", "12.18", "[12, 12.5]", "12,345", "–"]
     needle = evaluation[0]["tasks"]["needle"]
     assert len(rows["needle"]) == 2 * (1 + len(needle["lengths"]))
@@ -185,6 +189,27 @@ def test_every_score_is_in_a_table_with_its_n_interval_and_scorer(open_page, eva
         "exact_match": ("0 %", "exact_match@1"),
         "accuracy": ("100 %", "accuracy@1"),
     }
+
+
+def test_groups_of_tasks_and_effective_lengths_are_shown(open_page, evaluation):
+    results = evaluation[0]
+    needle = results["tasks"]["needle"]
+    results["groups"] = {"ruler": {"tasks": ["needle", "other"], "score": 0.5, "n": 72, "wavg_inc": 0.25}}
+    results["groups"]["ruler"]["lengths"] = needle["lengths"][:2]
+    needle["effective_length"] = {"ruler": {"threshold": 0.856, "text": "8K, but 16K not excluded"}}
+    opened = open_page(evaluation)
+    rows = [
+        row.locator("th, td").all_text_contents() for row in opened.page.locator("table.lengths tr").all()
+    ]
+    assert rows[0] == ["task", "4,096", "8,192", "16,384"]
+    assert ([row[0] for row in rows[1:]], rows[1][3]) == (["ruler", "needle"], "–")
+    last = needle["lengths"][2]
+    low, high = (f"{100 * bound:.1f}".removesuffix(".0") for bound in last["ci95"])
+    assert rows[2][3] == f"{100 * last['score']:.1f} % [{low}, {high}] %"
+    assert opened.texts("#task-ruler p") == ["The mean of needle, other"]
+    assert opened.texts("#task-ruler dl div") == ["wavg_inc0.25"]
+    said = "Effective length by ruler, 85.6 % needed8K, but 16K not excluded"
+    assert opened.texts("#task-needle > dl div") == [said]
 
 
 def test_audits_say_what_is_good_what_is_not_and_what_is_only_told(open_page, evaluation):
