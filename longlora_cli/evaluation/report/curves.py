@@ -77,7 +77,7 @@ class Frame:
 
 
 def accuracy_by_length(task: str, summary: dict[str, Any]) -> Markup:
-    """Share of right answers by context length, with the interval of each length as a band.
+    """Score by context length, with the interval of each length as a band.
 
     Args:
         task: For the label.
@@ -89,18 +89,18 @@ def accuracy_by_length(task: str, summary: dict[str, Any]) -> Markup:
             place,
             part["score"],
             _band(part.get("ci95")),
-            f"{part['length']:,} tokens: {percent(part['score'])} right {interval(part.get('ci95'), is_share=True)}, "
+            f"{part['length']:,} tokens: {percent(part['score'])} {interval(part.get('ci95'), is_share=True)}, "
             f"n={part['n']}",
         )
         for place, part in enumerate(lengths)
     ]
     frame = Frame(
-        label=f"{task}: share of right answers by context length, with 95 % intervals",
+        label=f"{task}: score by context length, with 95 % intervals",
         places=[tokens(part["length"]) for part in lengths],
         x_title="context length (tokens)",
         y_ticks=[0, 0.25, 0.5, 0.75, 1],
         y_text=lambda share: percent(share, 0),
-        y_title="right answers",
+        y_title="score",
     )
     return draw(frame, [Curve("", points)])
 
@@ -111,8 +111,8 @@ def loss_by_position(task: str, summary: dict[str, Any]) -> Markup:
     Args:
         task: For the label.
         summary: Has `by_position` as `perplexity.position_curve` makes it: `from`, `to`, `n`, `nll`, `perplexity`,
-            `ci95` (of the perplexity). Where buckets have `short_nll`, `short_perplexity` and `short_ci95` too, the same
-            tokens' losses with at most `short_context` tokens of context, they are the second curve.
+            `ci95` (of the perplexity). Where buckets have `short_nll`, `short_perplexity` and `short_ci95` too, losses
+            of the same tokens with at most `short_context` tokens of context, they are the second curve.
     """
     buckets = summary["by_position"]
     short = any("short_nll" in bucket for bucket in buckets)
@@ -140,7 +140,7 @@ def _loss_points(buckets: Sequence[dict[str, Any]], prefix: str) -> list[Point]:
     for place, bucket in enumerate(buckets):
         if f"{prefix}nll" not in bucket:
             continue
-        nll, perplexity, ci95 = (bucket.get(prefix + key) for key in ("nll", "perplexity", "ci95"))
+        nll, perplexity, ci95 = (bucket[prefix + key] for key in ("nll", "perplexity", "ci95"))
         said = (
             f"{bucket['from']:,} to {bucket['to']:,} tokens of context: {number(nll)} nats, perplexity "
             f"{number(perplexity)} {interval(ci95, is_share=False)}, n={bucket['n']:,} tokens"

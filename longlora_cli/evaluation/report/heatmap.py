@@ -40,8 +40,8 @@ def heatmap(task: str, summary: dict[str, Any]) -> Markup:
                 drawn.append(_cell(task, cell, place, written=written, first=not drawn))
     bottom, right = _TOP + len(depths) * height, _LEFT + len(lengths) * width
     label = (
-        f"{task}: share of right answers, {len(lengths)} lengths by {len(depths)} depths, "
-        f"n={summary['n']}, {percent(summary['score'])} right"
+        f"{task}: score by length and depth, {len(lengths)} lengths, {len(depths)} depths, n={summary['n']}, "
+        f"{percent(summary['score'])} in all"
     )
     return tag(
         "svg",
@@ -63,7 +63,7 @@ def _cell(
     x, y, width, height = place
     fill, ink = shade(cell["score"])
     said = (
-        f"{cell['length']:,} tokens, depth {percent(cell['depth'])}: {percent(cell['score'])} right "
+        f"{cell['length']:,} tokens, depth {percent(cell['depth'])}: {percent(cell['score'])} "
         f"{interval(cell.get('ci95'), is_share=True)}, n={cell['n']}"
     )
     pieces = [

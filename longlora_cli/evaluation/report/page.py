@@ -13,17 +13,12 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from longlora_cli.evaluation.report.curves import accuracy_by_length, interval_bar, loss_by_position
-from longlora_cli.evaluation.report.heatmap import heatmap
 from longlora_cli.evaluation.report.markup import Markup, join, table, tag
 from longlora_cli.evaluation.report.numbers import interval, number, percent
+from longlora_cli.evaluation.report.parts import definitions, folded, score_cells, slug, value_text
 from longlora_cli.evaluation.report.samples import MOST_BYTES, MOST_SAMPLES, Picked, Row, data_block, pick
-from longlora_cli.evaluation.report.scores import Score, flat, other_facts, scores_of
-
-# Perplexity's texts in a table; more of them are in samples/ppl.jsonl.
-_MOST_TEXTS = 200
-_SHOWN_VALUES = 12
-_SCORE_COLUMNS = ["score", "of", "value", "", "95 % interval", "n", "scorer"]
+from longlora_cli.evaluation.report.scores import flat, scores_of
+from longlora_cli.evaluation.report.task_section import group_section, task_section
 
 
 def make_page(
@@ -37,8 +32,8 @@ def make_page(
 
     Args:
         results: The content of `results.json`. `tasks` is needed; `model`, `settings`, `versions`, `groups` (means of
-            several tasks, with `score` and `lengths`) and `audits`, a list of `{"name", "value", "ok", "note"}`, are shown
-            where they are. `ok` may be None: told, not judged.
+            several tasks, with `score` and `lengths`) and `audits`, a list of `{"name", "value", "ok", "note"}`, are
+            shown where they are. `ok` may be None: told, not judged.
         rows_by_task: The content of `samples/<task>.jsonl`.
         most_samples: At most so many samples in the page.
         most_bytes: At most so much JSON of samples in the page.
@@ -62,8 +57,8 @@ def make_page(
             "main",
             _overview(tasks, groups),
             _audits(results.get("audits")),
-            *(_group(name, group) for name, group in groups.items()),
-            *(_task(task, summary, rows[task]) for task, summary in tasks.items()),
+            *(group_section(name, group) for name, group in groups.items()),
+            *(task_section(task, summary, rows[task]) for task, summary in tasks.items()),
             _browser(picked),
             _settings(results),
             id="main",
@@ -99,10 +94,6 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _slug(task: str) -> str:
-    return "task-" + "".join(character if character.isalnum() else "-" for character in task)
-
-
 def _head(results: dict[str, Any], name: str, parts: list[str]) -> Markup:
     model, versions = results.get("model", {}), results.get("versions", {})
     facts: list[tuple[str, str]] = [("Model", name)]
@@ -129,13 +120,13 @@ def _head(results: dict[str, Any], name: str, parts: list[str]) -> Markup:
     if cost:
         facts.append(("Cost", ", ".join(cost)))
     links = [("overview", "Overview"), *([("audits", "Audits")] if results.get("audits") else [])]
-    links += [(_slug(task), task) for task in parts]
+    links += [(slug(task), task) for task in parts]
     links += [("samples", "Samples"), ("settings", "Settings")]
     return tag(
         "header",
         tag("p", "longlora eval", class_="maker"),
         tag("h1", "Evaluation of ", tag("span", name, class_="name")),
-        _definitions(facts),
+        definitions(facts),
         tag(
             "nav",
             *(tag("a", said, href=f"#{target}") for target, said in links),
@@ -144,16 +135,12 @@ def _head(results: dict[str, Any], name: str, parts: list[str]) -> Markup:
     )
 
 
-def _definitions(facts: Sequence[tuple[str, str]]) -> Markup:
-    return tag("dl", *(tag("div", tag("dt", key), tag("dd", value)) for key, value in facts), class_="facts")
-
-
 def _overview(tasks: dict[str, Any], groups: dict[str, Any]) -> Markup:
     rows = []
     for task, summary in [*groups.items(), *tasks.items()]:
         for score in [s for s in scores_of(summary) if s.where == "all"][:1]:
-            link = tag("a", task, href=f"#{_slug(task)}")
-            rows.append([link, *_cells(score)[:1], *_cells(score)[2:]])
+            link = tag("a", task, href=f"#{slug(task)}")
+            rows.append([link, *score_cells(score)[:1], *score_cells(score)[2:]])
     return tag(
         "section",
         tag("h2", "Overview"),
@@ -192,39 +179,6 @@ def _share_cell(part: dict[str, Any] | None) -> str:
     return tag("span", percent(part["score"]), " ", tag("small", bounds), title=f"n={part['n']:,}")
 
 
-def _group(name: str, group: dict[str, Any]) -> Markup:
-    """The mean of several tasks."""
-    tasks = group.get("tasks", [])
-    parts: list[Markup] = [tag("p", "The mean of " + ", ".join(tasks))]
-    if len(group.get("lengths", [])) > 1:
-        plot = accuracy_by_length(name, group)
-        parts.append(_figure("Mean score by length, band: 95 % intervals", plot))
-    caption = f"{name}: every score"
-    parts.append(
-        table(_SCORE_COLUMNS, [_cells(score) for score in scores_of(group)], caption=caption, class_="scores")
-    )
-    facts = {key: value for key, value in other_facts(group).items() if key != "tasks"}
-    if facts:
-        parts.append(_definitions([(key, _value(value)) for key, value in facts.items()]))
-    return tag("section", tag("h2", name), *parts, id=_slug(name), class_="group")
-
-
-def _cells(score: Score) -> list[str]:
-    """A score as cells: name, where, value, bar, interval, n, scorer."""
-    value = percent(score.value) if score.is_share else number(score.value)
-    bounds = interval(score.ci95, is_share=score.is_share)
-    bar = interval_bar(score.value, score.ci95, f"{value} {bounds}") if score.is_share else Markup("")
-    return [
-        score.name,
-        score.where,
-        tag("span", value, class_="value"),
-        bar,
-        bounds,
-        f"{score.n:,}",
-        score.scorer or "–",
-    ]
-
-
 def _audits(audits: Sequence[dict[str, Any]] | None) -> Markup:
     if not audits:
         return Markup("")
@@ -236,7 +190,7 @@ def _audits(audits: Sequence[dict[str, Any]] | None) -> Markup:
             [
                 str(audit["name"]),
                 tag("span", words, class_=f"verdict {class_}"),
-                _value(audit.get("value")),
+                value_text(audit.get("value")),
                 str(audit.get("note") or ""),
             ]
         )
@@ -247,113 +201,6 @@ def _audits(audits: Sequence[dict[str, Any]] | None) -> Markup:
         tag("h2", "Audits"),
         table(["check", "verdict", "value", "note"], rows, caption=caption, class_="audits"),
         id="audits",
-    )
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, int | float):
-        return number(value)
-    if isinstance(value, list):
-        shown = ", ".join(_value(item) for item in value[:_SHOWN_VALUES])
-        more = len(value) - _SHOWN_VALUES
-        return shown + (f" … {more:,} more" if more > 0 else "") if value else "–"
-    return str(value)
-
-
-def _task(task: str, summary: dict[str, Any], rows: Sequence[Row]) -> Markup:
-    scores = scores_of(summary)
-    parts: list[Markup] = []
-    if summary.get("cells"):
-        parts.append(_figure("Right answers by length and depth, in per cent", heatmap(task, summary)))
-        parts.append(_cells_table(task, summary))
-    if len(summary.get("lengths", [])) > 1:
-        parts.append(
-            _figure("Right answers by length, band: 95 % intervals", accuracy_by_length(task, summary))
-        )
-    if summary.get("effective_length"):
-        parts.append(_effective(summary["effective_length"]))
-    if summary.get("by_position"):
-        title = (
-            f"Loss by tokens of context, band: 95 % intervals; {summary['curve_windows']:,} "
-            f"{summary['curve_source']}"
-        )
-        parts += [_figure(title, loss_by_position(task, summary)), _positions_table(task, summary)]
-    if scores:
-        caption = f"{task}: every score"
-        parts.append(
-            table(_SCORE_COLUMNS, [_cells(score) for score in scores], caption=caption, class_="scores")
-        )
-    if texts := [row for row in rows if "scores" not in row and "text" in row]:
-        parts.append(_texts_table(task, texts))
-    if facts := other_facts(summary):
-        parts.append(_folded("Counts and costs", _definitions([(key, _value(facts[key])) for key in facts])))
-    return tag("section", tag("h2", task), *parts, id=_slug(task), class_="task", data_task=task)
-
-
-def _effective(rules: dict[str, Any]) -> Markup:
-    """The effective context length by each rule, in words that say what the intervals leave open."""
-    facts = [
-        (f"Effective length by {rule}, {percent(found['threshold'])} needed", str(found["text"]))
-        for rule, found in rules.items()
-    ]
-    return _definitions(facts)
-
-
-def _figure(title: str, plot: Markup) -> Markup:
-    # Focusable, so that the keyboard can scroll a plot that is wider than the screen.
-    scroll = tag("div", plot, class_="scroll", tabindex="0", role="region", aria_label=title)
-    return tag("figure", tag("figcaption", title), scroll)
-
-
-def _folded(title: str, *inner: Markup) -> Markup:
-    return tag("details", tag("summary", title), *inner)
-
-
-def _cells_table(task: str, summary: dict[str, Any]) -> Markup:
-    rows = [
-        [
-            f"{cell['length']:,}",
-            percent(cell["depth"]),
-            percent(cell["score"]),
-            interval(cell.get("ci95"), is_share=True),
-            f"{cell['n']:,}",
-        ]
-        for cell in summary["cells"]
-    ]
-    head = ["length (tokens)", "depth", "right", "95 % interval", "n"]
-    return _folded("The same as a table", table(head, rows, caption=f"{task}: right answers of every cell"))
-
-
-def _positions_table(task: str, summary: dict[str, Any]) -> Markup:
-    rows = [
-        [
-            f"{bucket['from']:,} to {bucket['to']:,}",
-            name,
-            number(bucket[f"{prefix}nll"]),
-            number(bucket[f"{prefix}perplexity"]),
-            interval(bucket.get(f"{prefix}ci95"), is_share=False),
-            f"{bucket['n']:,}",
-        ]
-        for name, prefix in (("full", ""), ("short", "short_"))
-        for bucket in summary["by_position"]
-        if f"{prefix}nll" in bucket
-    ]
-    head = ["tokens of context", "context", "nats a token", "perplexity", "95 % interval", "n (tokens)"]
-    return _folded("The same as a table", table(head, rows, caption=f"{task}: loss by position"))
-
-
-def _texts_table(task: str, texts: Sequence[Row]) -> Markup:
-    rows = [
-        [str(row["text"]), *(_value(row.get(key)) for key in ("n", "nll", "bytes", "seconds"))]
-        for row in texts[:_MOST_TEXTS]
-    ]
-    caption = f"{task}: {len(texts):,} texts"
-    if len(texts) > _MOST_TEXTS:
-        caption += f", the first {_MOST_TEXTS} of them; all are in samples/{task}.jsonl"
-    return _folded(
-        "Texts", table(["text", "tokens", "nats a token", "bytes", "seconds"], rows, caption=caption)
     )
 
 
@@ -385,7 +232,7 @@ def _browser(picked: Picked) -> Markup:
 
 def _settings(results: dict[str, Any]) -> Markup:
     rows = [
-        [f"{part}.{key}", _value(value)]
+        [f"{part}.{key}", value_text(value)]
         for part in ("settings", "model", "versions")
         for key, value in flat(results.get(part, {})).items()
     ]
@@ -393,7 +240,7 @@ def _settings(results: dict[str, Any]) -> Markup:
     return tag(
         "section",
         tag("h2", "Settings"),
-        _folded(
+        folded(
             "Settings, model and versions", table(["name", "value"], rows, caption=caption, class_="settings")
         ),
         id="settings",

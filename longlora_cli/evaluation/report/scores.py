@@ -4,7 +4,8 @@ A summary is recognised by its shape, not by its task's name, so that a new task
 
 - `score`, `ci95`, `n` and perhaps `contains`, `contains_ci95`: right answers, with `lengths` and `cells` of such;
 - `scores`: `{name: {"score", "ci95", "n"}}`, with `scorer` inside where scores differ in it;
-- `perplexity`, `nll`, ...: losses, with `gain` where a short context was measured too.
+- `perplexity`, `nll`, ...: losses, with `gain` where a short context was measured too, and those of `compat` by the
+  rules of other programs.
 
 `scorer` or `scorers` name the versions.
 """
@@ -82,6 +83,9 @@ def scores_of(summary: Summary) -> list[Score]:
         if summary.get(name) is not None:
             ci95 = summary.get("ci95") if name == "perplexity" else summary.get(f"{name}_ci95")
             found.append(Score(name, "all", summary[name], ci95, summary["n"], "", False))
+    for peer, other in summary.get("compat", {}).items():
+        values = {name: other[name] for name in _LOSSES if other.get(name) is not None}
+        found += [Score(name, f"by {peer}", values[name], None, other["n"], "", False) for name in values]
     gain = summary.get("gain", {})
     for where, part in (("all", gain), ("beyond the short context", gain.get("beyond", {}))):
         if part.get("gain") is not None:

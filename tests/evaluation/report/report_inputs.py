@@ -99,6 +99,7 @@ def make_evaluation() -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
         ],
         "gain": {"gain": 0.125, "gain_ci95": [0.0625, 0.25], "n": 7000, "beyond": {"gain": None, "n": 0}},
         "short_context": 128,
+        "compat": {"longlora": {"rule": "mean of windows", "n": 9999, "perplexity": 11.5}},
         "curve_windows": 7,
         "curve_source": "full windows",
         "window": 512,

@@ -171,10 +171,11 @@ def test_every_score_is_in_a_table_with_its_n_interval_and_scorer(open_page, eva
         for task in ("ppl", "needle", "generate")
     }
     assert [row[0] for row in rows["ppl"]] == [
-        "perplexity", "perplexity_macro", "nll", "bits_per_byte", "gain",
+        "perplexity", "perplexity_macro", "nll", "bits_per_byte", "perplexity", "gain",
     ]  # fmt: skip
     assert rows["ppl"][-1][1:3] + rows["ppl"][-1][4:6] == ["all", "0.125", "[0.0625, 0.25]", "7,000"]
     assert rows["ppl"][0][1:3] + rows["ppl"][0][4:] == ["all", "12.18", "[12, 12.5]", "12,345", "–"]
+    assert rows["ppl"][-2][1:3] + rows["ppl"][-2][5:6] == ["by longlora", "11.5", "9,999"]
     needle = evaluation[0]["tasks"]["needle"]
     assert len(rows["needle"]) == 2 * (1 + len(needle["lengths"]))
     assert rows["needle"][0][2] == f"{100 * needle['score']:.1f} %"
