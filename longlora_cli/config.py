@@ -166,7 +166,10 @@ class EvalConfig(RopeSection, ModelSection):
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
     tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
-    out: Path = setting(..., "Folder to make.", short="-o")
+    out: Path = setting(..., "Folder to make; with --report the .html file.", short="-o")
+    report: Path | None = setting(
+        None, "Finished evaluation whose report is made anew from its results and samples; no model is read."
+    )
     data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
     split: str = setting("test", "Split of a hub or saved dataset.")
     haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
@@ -211,11 +214,16 @@ class EvalConfig(RopeSection, ModelSection):
         return self.compare is not None and not (self.given("model") or self.given("adapter"))
 
     def module(self, command: str) -> str:
-        """`eval_compare` for two finished folders: it starts without torch."""
+        """`eval_report` for --report and `eval_compare` for two finished folders: they start without torch."""
+        if self.report is not None:
+            return "eval_report"
         return "eval_compare" if self.only_compares else command
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
+        if self.report is not None:
+            self.allows_only("report", "out")
+            return self
         if self.only_compares:
             for name in sorted(self.model_fields_set - {"out", "compare"}):
                 self.needs(name, False, "without --model, --out and --compare are two finished folders")

@@ -30,7 +30,8 @@ from longlora_cli.evaluation.measure import (
 from longlora_cli.evaluation.measure_perplexity import measure_perplexity
 from longlora_cli.evaluation.perplexity_plan import work_tokens
 from longlora_cli.evaluation.plan import EvalPlan, make_plan
-from longlora_cli.evaluation.report import save_heatmap, save_position_curve
+from longlora_cli.evaluation.report.page import make_page
+from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
@@ -82,7 +83,8 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     for task, summary in results["tasks"].items():
         _SHOW[task](summary, console)
     console.print(
-        f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB)"
+        f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
+        f"open {config.out / 'report.html'} in a browser"
     )
     compared = {} if other is None else {"comparison": eval_compare.compare(config.out, other, console)}
     return {**results, "out": str(config.out), **compared}
@@ -156,6 +158,8 @@ def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskRe
                 np.save(staging / "nll.npy", np.concatenate(result.nll))
                 offsets = np.cumsum([0, *map(len, result.nll)], dtype=np.int64)
                 np.save(staging / "nll_offsets.npy", offsets)
+        page, _ = make_page(results, {task: result.rows for task, result in found.items()})
+        write_text(staging / "report.html", page)
 
 
 def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) -> None:
