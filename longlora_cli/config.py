@@ -161,10 +161,6 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-# Settings that read finished results, and those that go with each; no model is measured, so nothing else has an effect.
-_READ_RESULTS = {"rescore": ("scorer",)}
-
-
 class EvalConfig(RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
@@ -202,30 +198,12 @@ class EvalConfig(RopeSection, ModelSection):
         return "eval_rescore" if self.rescore is not None else command
 
     @model_validator(mode="after")
-    def _finished_results_or_a_model(self) -> EvalConfig:
-        for name, companions in _READ_RESULTS.items():
-            if getattr(self, name) is None:
-                for companion in companions:
-                    self.needs(companion, False, f"it belongs to --{name}")
-                continue
-            for other in type(self).model_fields:
-                matters = other in (name, *companions)
-                self.needs(other, matters, f"--{name} reads finished results and measures no model")
-            return self
+    def _settings_have_an_effect(self) -> EvalConfig:
+        if self.rescore is not None:
+            return self._rescore_alone()
+        self.needs("scorer", False, "it belongs to --rescore")
         if self.out is None:
             raise ValueError("--out is missing (Folder to make.)")
-        return self
-
-    @model_validator(mode="after")
-    def _rescore_names_its_scorer(self) -> EvalConfig:
-        if self.rescore is not None and self.scorer is None:
-            raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
-        return self
-
-    @model_validator(mode="after")
-    def _settings_have_an_effect(self) -> EvalConfig:
-        if self.out is None:
-            return self
         tasks = set(self.tasks)
         if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
             raise ValueError(
@@ -253,6 +231,12 @@ class EvalConfig(RopeSection, ModelSection):
             raise ValueError(
                 f"--stride {self.stride} is above --window {self.window}: tokens would be skipped"
             )
+        return self
+
+    def _rescore_alone(self) -> EvalConfig:
+        self.allows_only("rescore", "scorer")
+        if self.scorer is None:
+            raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
         return self
 
 

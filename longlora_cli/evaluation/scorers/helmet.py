@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Scores
-from longlora_cli.evaluation.scorers.rouge import rouge_measures
+from longlora_cli.evaluation.scorers.overlap import rouge_measures
 from longlora_cli.evaluation.scorers.words import bag_f1, normalize_answer
 
 KEYS = (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Scores, UnscorableError, field, task_of
-from longlora_cli.evaluation.scorers.rouge import best_measures
+from longlora_cli.evaluation.scorers.overlap import best_measures
 from longlora_cli.evaluation.scorers.words import (
     bag_f1,
     normalize_chinese,

@@ -21,7 +21,7 @@ from longlora_cli.evaluation.scorers.base import (
     needed_package,
     task_of,
 )
-from longlora_cli.evaluation.scorers.rouge import rouge_measures, sentence_union_rouge
+from longlora_cli.evaluation.scorers.overlap import rouge_measures, sentence_union_rouge
 from longlora_cli.evaluation.scorers.words import bag_f1, chinese_words, normalize_chinese, word_f1
 
 Rule = Callable[[str, str, Extra], float]
