@@ -99,12 +99,13 @@ def _key_value(said: str, references: Sequence[Any], extra: Extra) -> float:
 
 
 def _code_run(said: str, references: Sequence[Any], extra: Extra) -> float:
+    wanted = [_whole(reference) for reference in references]
     words = _blank_out(said, "\n.`'\":").split()
     try:
         value = int(words[-1])
     except (IndexError, ValueError):
         return 0.0  # by rule: an answer whose last word is no whole number is wrong
-    return value in [_whole(reference) for reference in references]
+    return value in wanted
 
 
 def _math_find(said: str, references: Sequence[Any], extra: Extra) -> float:
