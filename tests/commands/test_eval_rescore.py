@@ -198,6 +198,7 @@ def test_what_is_no_file_of_rows_is_refused(tmp_path, capsys) -> None:
         (b"{", ":1: not JSON"),
         (b"[1]\n", ":1: a row is an object"),
         (b"\xff", ":1: not UTF-8"),
+        (b"[" * 99999, ":1: not JSON"),
     ):
         path = tmp_path / "p.jsonl"
         path.write_bytes(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -311,3 +312,13 @@ def test_no_two_scorers_share_a_version() -> None:
     versions = [scorer.version for scorer in ALL]
     assert len(set(versions)) == len(versions)
     assert all(scorer.version.startswith(f"{scorer.name}@") for scorer in ALL)
+
+
+def test_the_docs_name_every_scorer_and_version() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "eval.md").read_text(encoding="utf-8")
+    table = page.split("| scorer |")[1]
+    for scorer in ALL:
+        name, version = scorer.version.split("@")
+        rule = name.partition(".")[2]
+        assert f"`{name}`" in table or f"`.{rule}`" in table
+        assert f"`{version}`" in table
