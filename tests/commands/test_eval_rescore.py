@@ -123,6 +123,13 @@ def test_files_of_other_projects_are_read_as_they_are(shape, row, tmp_path, caps
     assert (code, found.get("scores")) == (0, [value]), err
 
 
+def test_rulers_scores_mean_and_interval_are_per_cent(tmp_path, capsys) -> None:
+    rows = [{"prediction": "a", "references": ["a"]}, {"prediction": "b", "references": ["a"]}]
+    found = rescore(capsys, write(tmp_path / "p.jsonl", *rows), "ruler.part")[1]
+    assert (found["scores"], found["mean"], found["scale"]) == ([100.0, 0.0], 50.0, 100.0)
+    assert found["ci95"] == pytest.approx([9.453120573423074, 90.54687942657693])  # Wilson's of 1 in 2
+
+
 def test_babilongs_csv_is_read_and_its_task_is_in_the_files_name(tmp_path, capsys) -> None:
     path = tmp_path / "qa1_0k_instruction_yes_examples_yes_post_prompt_yes.csv"
     path.write_text(

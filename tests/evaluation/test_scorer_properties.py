@@ -291,6 +291,58 @@ def test_the_segmenter_reads_its_dictionary_and_no_cache_of_others(tmp_path, mon
     assert (tmp_path / "jieba.cache").read_bytes() == b"not marshal"
 
 
+# By the rules as published, where no known answer lies: partial letters, numbers, blank ends, prefixes.
+RULES = [
+    ("leval.exact_match", "A", "ACD", {}, 0.25),
+    ("leval.exact_match", "AB", "ACD", {}, 0.0),
+    ("leval.exact_match", "A, C", "AC", {}, 0.0),
+    ("leval.exact_match", "3.0", "3", {}, 1.0),
+    ("leval.exact_match", "4", "3", {}, 0.0),
+    ("leval.exact_match", "\nThe Cat sat\nno", "thecat", {}, 1.0),
+    ("leval.exact_match", "no\nThe Cat sat", "thecat", {}, 0.0),
+    ("graphwalks.f1", "Final Answer: ['a', \"b\"]\n\n", "a", {}, 2 / 3),
+    ("graphwalks.f1", "Final Answer: [a]\nthat is it", "a", {}, 0.0),
+    ("graphwalks.flexible_f1", "Final Answer: [b]\nFinal Answer: [a]\nthat is it", "a", {}, 1.0),
+    ("mrcr", "KEYabcd", "KEYabcx", {"prefix": "KEY"}, 0.75),
+    ("longbench2@compensated", "I do not know", "B", {}, 0.25),
+    ("longbench2", "The correct answer is C, no: The correct answer is (B)", "B", {}, 1.0),
+    ("helmet.f1", "Yes, it is", "yes", {}, 0.0),
+    ("helmet.exact_match", "I think\nanswer: Answer: the Paris.\nx", "Paris", {}, 1.0),
+    (
+        "babilong",
+        "kitchen, not the office",
+        "kitchen",
+        {"task": "qa1", "question": "Who is in the Office?"},
+        1.0,
+    ),
+    ("babilong", "milk and apple", "apple,milk", {"task": "qa8", "question": "?"}, 1.0),
+    ("babilong", "milk", "apple,milk", {"task": "qa8", "question": "?"}, 0.0),
+    ("babilong", "n,e", "n,e", {"task": "babilong_qa19", "question": "?"}, 1.0),
+    ("babilong", "none", "none", {"task": "qa7", "question": "?"}, 0.0),  # "one" is in it: published so
+    ("ruler", "paris", "Paris", {"task": "qa_2"}, 100.0),
+    ("nolima.EM", " Yuki\n", "Yuki", {}, 1.0),
+    ("nolima.contains", "yuki", "Yuki", {}, 0.0),
+    ("infinitebench", "AB C", "C", {"task": "longbook_choice_eng"}, 0.0),
+    ("infinitebench", "so AB then C", "C", {"task": "longbook_choice_eng"}, 0.0),
+    ("infinitebench", "so then C", "C", {"task": "longbook_choice_eng"}, 1.0),
+    ("infinitebench@2024-08", "it was a mistake", "A", {"task": "longbook_choice_eng"}, 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "prediction", "reference", "extra", "value"), RULES)
+def test_a_rule_holds_where_no_known_answer_lies(
+    name: str, prediction: str, reference: str, extra: dict, value: float
+) -> None:
+    choice = find_scorer(name)
+    assert choice.score(prediction, [reference], extra)[choice.key] == pytest.approx(value, abs=1e-12)
+
+
+def test_ruler_takes_all_references_but_for_questions() -> None:
+    choice = find_scorer("ruler")
+    for task, value in (("niah_multivalue", 50.0), ("vt", 50.0), ("qa_1", 100.0), ("ruler_qa_hotpot", 100.0)):
+        assert choice.score("Paris", ["paris", "Rome"], {"task": task}) == {"score": value}
+
+
 def test_names_lead_to_scorers_and_versions() -> None:
     assert find_scorer("longbench.qa_f1_score").scorer.version == "longbench.qa_f1@2e00731"
     assert find_scorer("infinitebench").scorer.version == "infinitebench@2024-06"

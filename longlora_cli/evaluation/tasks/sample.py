@@ -1,7 +1,7 @@
 """One question with its known answer, as text: what the generating layer hands to the predicting one.
 
-Fields and their meaning are those of RULER's files (NVIDIA, `input`, `outputs`, `answer_prefix`, `length`; arXiv:2404.06654),
-so that rows written from samples can be read by any harness that reads RULER's.
+Fields and their meaning are those of RULER's files (NVIDIA, `input`, `outputs`, `answer_prefix`, `length`;
+arXiv:2404.06654), so that rows written from samples can be read by any harness that reads RULER's.
 """
 
 from __future__ import annotations
