@@ -166,7 +166,8 @@ class EvalConfig(RopeSection, ModelSection):
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
     tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
-    out: Path = setting(..., "Folder to make; with --report the .html file.", short="-o")
+    # None only where finished results are read; else the checks below refuse it.
+    out: Path = setting(None, "Folder to make; with --report the .html file.", short="-o")
     report: Path | None = setting(
         None, "Finished evaluation whose report is made anew from its results and samples; no model is read."
     )
@@ -207,6 +208,12 @@ class EvalConfig(RopeSection, ModelSection):
     compare: Path | None = setting(
         None, "Finished evaluation to compare with, by paired tests; without --model, --out is finished too."
     )
+    rescore: Path | None = setting(
+        None, "Score the finished predictions of this .jsonl or .csv instead; needs neither model nor --out."
+    )
+    scorer: str | None = setting(
+        None, "How to score --rescore: a name such as longbench.qa_f1, a version after @ (docs/eval.md)."
+    )
 
     @property
     def only_compares(self) -> bool:
@@ -214,19 +221,38 @@ class EvalConfig(RopeSection, ModelSection):
         return self.compare is not None and not (self.given("model") or self.given("adapter"))
 
     def module(self, command: str) -> str:
-        """`eval_report` for --report and `eval_compare` for two finished folders: they start without torch."""
+        """Settings that read finished results have modules of their own, which start without torch."""
+        if self.rescore is not None:
+            return "eval_rescore"
         if self.report is not None:
             return "eval_report"
         return "eval_compare" if self.only_compares else command
 
+    @property
+    def measures(self) -> bool:
+        """A model is measured, or would be; else finished results are read."""
+        return self.rescore is None and self.report is None and not self.only_compares
+
     @model_validator(mode="after")
-    def _settings_have_an_effect(self) -> EvalConfig:
+    def _finished_results_are_read_alone(self) -> EvalConfig:
+        if self.rescore is not None:
+            self.allows_only("rescore", "scorer")
+            if self.scorer is None:
+                raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
+            return self
+        self.needs("scorer", False, "it belongs to --rescore")
+        if self.out is None:
+            raise ValueError("--out is missing (Folder to make.)")
         if self.report is not None:
             self.allows_only("report", "out")
-            return self
-        if self.only_compares:
+        elif self.only_compares:
             for name in sorted(self.model_fields_set - {"out", "compare"}):
                 self.needs(name, False, "without --model, --out and --compare are two finished folders")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> EvalConfig:
+        if not self.measures:
             return self
         tasks = set(self.tasks)
         if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:

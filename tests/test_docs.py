@@ -62,6 +62,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
         Path("questions.jsonl").write_text(
             json.dumps({"input": "What is it?", "outputs": ["A test."]}) + "\n"
         )
+        row = {"prediction": "A test.", "references": ["A test."], "task": "hotpotqa"}
+        Path("predictions.jsonl").write_text(json.dumps(row) + "\n")
         shutil.copytree(tiny_model_folder, "smollm2")
         for name in ("data", "held-out"):
             assert run(f"longlora prepare note.txt --max-length 128 --out {name} --json") == 0
