@@ -24,6 +24,7 @@ from longlora_cli.sections import (
     OptimSection,
     RopeSection,
 )
+from longlora_cli.task_names import BUILT_IN, expand, unknown_task
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths
 
 
@@ -165,7 +166,13 @@ class EvalConfig(RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
-    tasks: Names = setting(["ppl", "needle"], "What to measure: ppl, passkey, needle, generate.")
+    tasks: Names = setting(
+        ["ppl", "needle"],
+        "What to measure: ppl, passkey, needle, generate, synthetic tasks (docs/eval.md), or ruler, niah, synthetic.",
+    )
+    make: bool = setting(
+        False, "Only write the samples of synthetic tasks, as .jsonl with RULER's fields; no model is loaded."
+    )
     # None only where finished results are read; else the checks below refuse it.
     out: Path = setting(None, "Folder to make; with --report the .html file.", short="-o")
     report: Path | None = setting(
@@ -174,9 +181,11 @@ class EvalConfig(RopeSection, ModelSection):
     data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
     split: str = setting("test", "Split of a hub or saved dataset.")
     haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
-    lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey and needle.")
+    lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey, needle and synthetic tasks.")
     depths: int = setting(5, "Depths from start to end, per length.", ge=1, le=101)
-    samples: int = setting(4, "Samples per length and depth.", ge=1)
+    samples: int = setting(
+        4, "Samples per length and depth; without depth, per length as many as with.", ge=1
+    )
     needle_facts: int = setting(8, "Facts hidden in one needle sample.", ge=1, le=64)
     needle_wording: Literal["train", "eval"] = setting(
         "train", "Needle sentences: the forms that --synthetic data has, or forms it never shows."
@@ -221,16 +230,18 @@ class EvalConfig(RopeSection, ModelSection):
         return self.compare is not None and not (self.given("model") or self.given("adapter"))
 
     def module(self, command: str) -> str:
-        """Settings that read finished results have modules of their own, which start without torch."""
+        """Settings that measure no model have modules of their own; they start without torch."""
         if self.rescore is not None:
             return "eval_rescore"
         if self.report is not None:
             return "eval_report"
-        return "eval_compare" if self.only_compares else command
+        if self.only_compares:
+            return "eval_compare"
+        return "eval_make" if self.make else command
 
     @property
     def measures(self) -> bool:
-        """A model is measured, or would be; else finished results are read."""
+        """A model is measured, or samples are made for one; else finished results are read."""
         return self.rescore is None and self.report is None and not self.only_compares
 
     @model_validator(mode="after")
@@ -254,14 +265,15 @@ class EvalConfig(RopeSection, ModelSection):
     def _settings_have_an_effect(self) -> EvalConfig:
         if not self.measures:
             return self
-        tasks = set(self.tasks)
-        if unknown := tasks - {"ppl", "passkey", "needle", "generate"}:
-            raise ValueError(
-                f"--tasks knows ppl, passkey, needle, generate; not {', '.join(sorted(unknown))}"
-            )
-        grid = bool(tasks & {"passkey", "needle"})
-        for name in ("haystack", "lengths", "depths", "samples", "seed", "effective_score"):
-            self.needs(name, grid, "it belongs to passkey and needle")
+        if fault := unknown_task(self.tasks):
+            raise ValueError(fault)
+        tasks = set(expand(self.tasks))
+        if self.make and (others := [task for task in self.tasks if task in BUILT_IN]):
+            raise ValueError(f"--make writes samples of synthetic tasks, not of {', '.join(others)}")
+        grid = bool(tasks - {"ppl", "generate"})
+        for name in ("haystack", "lengths", "depths", "samples", "seed"):
+            self.needs(name, grid, "it belongs to passkey, needle and synthetic tasks")
+        self.needs("effective_score", grid and not self.make, "it belongs to measured lengths")
         for name in ("needle_facts", "needle_wording"):
             self.needs(name, "needle" in tasks, "it belongs to needle")
         if "needle" in tasks and self.needle_facts < self.depths:
@@ -269,7 +281,15 @@ class EvalConfig(RopeSection, ModelSection):
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
-        self.needs("max_new_tokens", tasks != {"ppl"}, "it belongs to passkey, needle and generate")
+        return self
+
+    @model_validator(mode="after")
+    def _data_is_read_as_asked(self) -> EvalConfig:
+        if not self.measures:
+            return self
+        tasks = set(expand(self.tasks))
+        asks = bool(tasks & {"passkey", "needle", "generate"})
+        self.needs("max_new_tokens", asks, "it belongs to passkey, needle and generate")
         for name in ("window", "stride", "max_tokens", "bos", "docs", "short_context", "compat"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
         for name in ("metrics", "max_samples"):

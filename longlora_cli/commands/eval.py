@@ -13,11 +13,11 @@ import numpy as np
 
 from longlora_cli import __version__
 from longlora_cli.commands import eval_compare
+from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
 from longlora_cli.evaluation.answerer import SessionAnswerer
-from longlora_cli.evaluation.effective_length import tokens
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
 from longlora_cli.evaluation.measure import (
@@ -28,10 +28,12 @@ from longlora_cli.evaluation.measure import (
     peak_bytes,
 )
 from longlora_cli.evaluation.measure_perplexity import measure_perplexity
+from longlora_cli.evaluation.measure_tasks import measure_task
 from longlora_cli.evaluation.perplexity_plan import work_tokens
 from longlora_cli.evaluation.plan import EvalPlan, make_plan
 from longlora_cli.evaluation.report.page import make_page
 from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
+from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
@@ -72,6 +74,11 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
                 "inputs": input_hashes(plan),
                 "versions": _versions(),
                 "tasks": {task: result.summary for task, result in found.items()},
+                "groups": score_groups(
+                    config.tasks,
+                    {task: result.summary for task, result in found.items()},
+                    threshold=config.effective_score / 100,
+                ),
                 "peak_bytes": peak_bytes(loaded),
                 "seconds": round(time.perf_counter() - started, 3),
             }
@@ -81,7 +88,10 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
             "interrupted", rule="Finished samples are kept.", hint="The same command goes on from there."
         ) from error
     for task, summary in results["tasks"].items():
-        _SHOW[task](summary, console)
+        if task in _SHOW:
+            _SHOW[task](summary, console)
+    synthetic = {task: results["tasks"][task] for task in plan.synthetic}
+    show_tasks(synthetic, results["groups"], console)
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
         f"open {config.out / 'report.html'} in a browser"
@@ -125,8 +135,11 @@ def _measure(
 ) -> dict[str, TaskResult]:
     answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk)
     found: dict[str, TaskResult] = {}
-    for task in dict.fromkeys(plan.config.tasks):
-        if task == "ppl":
+    for task in plan.tasks:
+        if task in plan.synthetic:
+            with console.progress(f"{task} (questions)", plan.grid_count()) as advance:
+                found[task] = measure_task(task, answerer, plan, journal, identity, advance)
+        elif task == "ppl":
             with console.progress("ppl (tokens)", work_tokens(plan.config, plan.texts)) as advance:
                 found[task] = measure_perplexity(loaded, plan, journal, identity, advance)
         elif task == "generate":
@@ -165,7 +178,7 @@ def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskRe
 def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) -> None:
     if task == "ppl":
         save_position_curve(staging / "plots" / "ppl.png", summary, title=f"perplexity by position, {model}")
-    elif task != "generate":
+    elif "cells" in summary:
         save_heatmap(staging / "plots" / f"{task}.png", summary, title=f"{task}, {model}")
 
 
@@ -245,17 +258,7 @@ def _show_grid(summary: dict[str, Any], console: Console) -> None:
         f"{100 * summary['score']:.0f} % right {_interval([100 * v for v in summary['ci95']], '{:.0f}')}, "
         f"{100 * summary['contains']:.0f} % contain the answer, n={summary['n']} in {summary['samples']} texts"
     )
-    _show_effective_length(summary, console)
-
-
-def _show_effective_length(summary: dict[str, Any], console: Console) -> None:
-    """Nothing for a task of one length."""
-    rules = {"ruler": "{threshold:.1f} % right", "nolima": "85 % of the {base:.1f} % at {base_length}"}
-    for rule, needed in rules.items() if "effective_length" in summary else ():
-        found = summary["effective_length"][rule]
-        numbers = {"threshold": 100 * found["threshold"], "base": 100 * found.get("base", 0.0)}
-        wanted = needed.format(**numbers, base_length=tokens(found.get("base_length", 0)))
-        console.print(f"effective length ({wanted}): {found['text']}")
+    show_effective_length(summary, console)
 
 
 def _show_generation(summary: dict[str, Any], console: Console) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "Labels",
     "Message",
     "RenderedChat",
+    "count_prompt",
     "count_tokens",
     "encode_prompt",
     "end_token_id",
@@ -76,13 +77,35 @@ def render_chat(
     return RenderedChat(ids.tolist(), learnt.tolist())
 
 
-def encode_prompt(tokenizer: Any, messages: list[Message], *, tools: Tools | None = None) -> list[int]:
-    """Token ids of a chat up to where the assistant's next turn begins.
+def encode_prompt(
+    tokenizer: Any, messages: list[Message], *, tools: Tools | None = None, answer_prefix: str = ""
+) -> list[int]:
+    """Token ids of a chat up to where the assistant's next turn begins, and of how that turn begins.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        messages: The chat.
+        tools: What its template is told of, as JSON schemas.
+        answer_prefix: First words of the assistant's turn; control tokens' names in them stay plain text.
 
     Raises:
         DataError: See `render_chats`.
     """
-    return render_chat(tokenizer, messages, add_generation_prompt=True, tools=tools).ids
+    encoder = safe_encoder(tokenizer)
+    return encoder.encode_batch([_prompt_text(tokenizer, messages, tools, answer_prefix)])[0].tolist()
+
+
+def count_prompt(tokenizer: Any, messages: list[Message], *, answer_prefix: str = "") -> int:
+    """Tokens of `encode_prompt`; sentences are encoded once, however many prompts hold them."""
+    return token_counter(tokenizer).count(_prompt_text(tokenizer, messages, None, answer_prefix))
+
+
+def _prompt_text(tokenizer: Any, messages: list[Message], tools: Tools | None, answer_prefix: str) -> str:
+    encoder = safe_encoder(tokenizer)
+    require_template(tokenizer)
+    frame = answer_frame(tokenizer, encoder)
+    parts = layout_chat(tokenizer, messages, encoder, frame, add_generation_prompt=True, tools=tools)
+    return _text(parts, encoder) + answer_prefix
 
 
 def render_chats(

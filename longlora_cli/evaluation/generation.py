@@ -56,6 +56,10 @@ class Question:
         facts: What is known of it (length, depth, sample, line); copied into its row. Questions about one text may
             say so by an equal `document`: their scores are not independent.
         sample_hash: Of its text and references, see `hash_sample`: the same for every model that is asked it.
+        max_new_tokens: Longest answer; None: as long as `predict` is told.
+        stop: The answer ends before the first of these strings.
+        scorer: Name of the scorer that judges the answer; None: the caller knows.
+        extra: What the scorer needs besides; copied into its row.
     """
 
     task: str
@@ -63,6 +67,10 @@ class Question:
     references: list[str]
     facts: Row = field(default_factory=dict)
     sample_hash: str = ""
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    scorer: str | None = None
+    extra: Row = field(default_factory=dict)
 
 
 def hash_sample(content: Any, references: Sequence[str]) -> str:
@@ -90,39 +98,57 @@ def predict(
     Args:
         answerer: What answers.
         questions: Read lazily.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer to questions that do not say it themselves.
         settings: JSON of whatever else decides an answer (model, numbers, positions); part of each row's key.
         journal: Where finished rows are kept.
         advance: Called with 1 after each question.
 
     Yields:
         Rows: `key`, `task`, the question's facts, `sample_hash`, `references`, `prediction`, `finish`, `prompt_tokens`,
-        `reused_tokens`, `new_tokens`, `seconds`.
+        `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where the question has them. `finish` is `stop`
+        where one of its strings was met.
     """
     kept = journal if journal is not None else Journal()
     for question in questions:
-        key = key_of(question.task, hash_ids(question.prompt), question.references, max_new_tokens, settings)
+        longest = max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
+        parts = (question.task, hash_ids(question.prompt), question.references, longest, settings)
+        key = key_of(*parts, question.stop) if question.stop else key_of(*parts)
         row = kept.get(key)
         if row is None:
             started = time.perf_counter()
-            answer = answerer.answer(question.prompt, max_new_tokens)
+            answer = answerer.answer(question.prompt, longest)
+            text = cut_at(answer.text, question.stop)
             row = {
                 "key": key,
                 "task": question.task,
                 **question.facts,
                 "references": question.references,
-                "prediction": answer.text,
-                "finish": answer.finish,
+                "prediction": text,
+                "finish": answer.finish if text == answer.text else "stop",
                 "prompt_tokens": len(question.prompt),
                 "reused_tokens": answer.reused_tokens,
                 "new_tokens": len(answer.ids),
                 "seconds": round(time.perf_counter() - started, 4),
-            }
+            } | _judged_by(question)
             kept.add(row)
         if advance is not None:
             advance(1)
         # Equal questions share a key, but each has its own place.
         yield row | question.facts | {"sample_hash": question.sample_hash}
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the strings; a blank answer before it is passed over, so that an answer after a line
+    break is one.
+    """
+    start = len(text) - len(text.lstrip())
+    places = [place for word in stop if (place := text.find(word, start)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def _judged_by(question: Question) -> Row:
+    named: Row = {} if question.scorer is None else {"scorer": question.scorer}
+    return named | ({"extra": question.extra} if question.extra else {})
 
 
 def speed(rows: Sequence[Row]) -> Row:

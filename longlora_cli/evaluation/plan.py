@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,12 @@ from longlora_cli.errors import DataError
 from longlora_cli.evaluation.generation import Question
 from longlora_cli.evaluation.perplexity_plan import check_texts
 from longlora_cli.evaluation.scorers import check_metrics
-from longlora_cli.evaluation.tasks import needle, passkey, rows
+from longlora_cli.evaluation.tasks import needle, passkey, registry, rows
+from longlora_cli.evaluation.tasks.prompts import question_of
+from longlora_cli.evaluation.tasks.sample import Sample
+from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.texts import Text, read_haystack, read_texts
+from longlora_cli.task_names import SYNTHETIC, expand
 
 # Answers of passkey and needle are a number or a word; with a sentence around it 24 tokens do, and a
 # model that never stops should not cost more.
@@ -31,7 +35,7 @@ class EvalPlan:
         tokenizer: Of the model to be measured.
         texts: What perplexity reads.
         rows: Questions of `generate`.
-        haystack: Of passkey and needle.
+        haystack: Of passkey, needle and synthetic tasks.
     """
 
     config: EvalConfig
@@ -39,6 +43,30 @@ class EvalPlan:
     texts: list[Text] = field(default_factory=list)
     rows: list[Question] = field(default_factory=list)
     haystack: Haystack | None = None
+
+    @property
+    def tasks(self) -> list[str]:
+        """What is measured, groups taken apart, in the order asked for."""
+        return expand(self.config.tasks)
+
+    @property
+    def synthetic(self) -> list[str]:
+        """The synthetic tasks among them."""
+        return [task for task in self.tasks if task in SYNTHETIC]
+
+    def samples(self, task: str) -> Iterator[Sample]:
+        """The samples of a synthetic task, shortest length first."""
+        return map(registry.make_sample, self._requests(task, self.config.lengths))
+
+    def sample_questions(self, task: str) -> Iterator[Question]:
+        """The same as questions."""
+        return (question_of(self.tokenizer, sample) for sample in self.samples(task))
+
+    def _requests(self, task: str, lengths: Sequence[int]) -> Iterator[Request]:
+        assert self.haystack is not None  # make_plan reads it for these tasks
+        c = self.config
+        shared = {"depths": c.depths, "samples": c.samples, "seed": c.seed}
+        return registry.requests(task, self.haystack, self.tokenizer, lengths=lengths, **shared)
 
     @property
     def grid_answer_tokens(self) -> int:
@@ -51,7 +79,7 @@ class EvalPlan:
             yield from self._questions_of(task, length, self.config.samples)
 
     def grid_count(self) -> int:
-        """How many questions a grid has."""
+        """How many questions a grid or a synthetic task has."""
         return len(set(self.config.lengths)) * self.config.depths * self.config.samples
 
     def _questions_of(self, task: str, length: int, samples: int) -> Iterator[Question]:
@@ -71,7 +99,7 @@ class EvalPlan:
         )
 
     def check_lengths(self) -> None:
-        """Make the first sample of each grid and length.
+        """Make the first sample of each grid and length, and the shortest of each synthetic task.
 
         Raises:
             SettingsError: A length does not hold a sample.
@@ -80,11 +108,13 @@ class EvalPlan:
         for task in self.grids:
             for length in sorted(set(self.config.lengths)):
                 next(iter(self._questions_of(task, length, 1)))
+        for task in self.synthetic:
+            registry.make_sample(next(self._requests(task, [min(self.config.lengths)])))
 
     @property
     def grids(self) -> list[str]:
         """The retrieval tasks that were asked for."""
-        return [task for task in dict.fromkeys(self.config.tasks) if task in (passkey.TASK, needle.TASK)]
+        return [task for task in self.tasks if task in (passkey.TASK, needle.TASK)]
 
     @property
     def longest(self) -> int:
@@ -92,15 +122,17 @@ class EvalPlan:
         config = self.config
         needs = [len(question.prompt) + config.max_new_tokens for question in self.rows]
         needs += [min(config.window, len(text.ids)) for text in self.texts]
-        if self.grids:
+        if self.grids or self.synthetic:
             needs += config.lengths
         return max(needs)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """For each task `samples`, `tokens` of all its prompts, and `longest`; grids are made in full."""
+        """For each task `samples`, `tokens` of all its prompts, and `longest`; everything is made in full."""
         found: dict[str, dict[str, int]] = {}
-        for task in dict.fromkeys(self.config.tasks):
-            if task == "ppl":
+        for task in self.tasks:
+            if task in SYNTHETIC:
+                sizes = [sample.facts["tokens"] for sample in self.samples(task)]
+            elif task == "ppl":
                 sizes = [len(text.ids) for text in self.texts]
             else:
                 questions = self.rows if task == rows.TASK else self.grid_questions(task)
@@ -119,7 +151,7 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
         DataError: Input that cannot be used.
         NotFoundError: The embedded book is needed and not there.
     """
-    tasks = set(config.tasks)
+    tasks = set(expand(config.tasks))
     row_paths = [path for path in config.data if kind_of(path) == ".jsonl"] if "generate" in tasks else []
     text_paths = [path for path in config.data if path not in row_paths]
     questions: list[Question] = []
@@ -141,7 +173,8 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
         else []
     )
     check_texts(config, texts)
-    haystack = read_haystack(config.haystack, split=config.split) if tasks & {"passkey", "needle"} else None
+    hides = bool(tasks & {passkey.TASK, needle.TASK, *SYNTHETIC})
+    haystack = read_haystack(config.haystack, split=config.split) if hides else None
     plan = EvalPlan(config, tokenizer, texts, questions, haystack)
     plan.check_lengths()
     return plan

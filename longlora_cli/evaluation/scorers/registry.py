@@ -17,6 +17,7 @@ from longlora_cli.evaluation.scorers import (
     matching,
     overlap,
     structured,
+    synthetic,
 )
 from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Score, Scorer, Scores
 
@@ -97,6 +98,7 @@ ALL: tuple[Scorer, ...] = (
         may_lack_references=True,
     ),
     Scorer("mrcr", "mrcr@card", _SCORE, False, structured.mrcr),
+    *synthetic.RULES,
 )
 _BY_NAME: dict[str, list[Scorer]] = {}
 for _scorer in ALL:
