@@ -30,10 +30,11 @@ def score_task(
 
     Returns:
         The summary `{"n", "score", "ci95", "scores", "cut", "long", "scorer", "lengths": [...], "cells": [...]}`, with
-        `effective_length` where there are several lengths, and the rows with their `scores`, where `score` is the one that counts. All are shares from 0 to 1. `scores` are
-        the means of all that the scorer gives, `cut` the share of answers that ended at their limit, `long` of those
-        more than three times as long as their longest reference. `cells` are there where rows have a `depth`.
-        Intervals are Wilson's where each score is 0 or 1, else a bootstrap.
+        `effective_length` where there are several lengths, and the rows with their `scores`, where `score` is the one
+        that counts. All are shares from 0 to 1. `scores` are the means of all that the scorer gives, `cut` the share
+        of answers that ended at their limit, `long` of those more than three times as long as their longest
+        reference. `cells` are there where rows have a `depth`. Intervals are Wilson's where each score is 0 or 1, else
+        a bootstrap.
 
     Raises:
         DataError: No rows. A fault inside a scorer is raised as it is.
