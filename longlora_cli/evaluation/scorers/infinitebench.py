@@ -193,7 +193,8 @@ def _qa_chinese_06(said: str, references: Sequence[Any], extra: Extra) -> float:
 
 
 def _summary_06(said: str, references: Sequence[Any], extra: Extra) -> float:
-    return best_measures(said, [str(reference) for reference in references], stem=False)["rougeLsum"]
+    texts = [str(reference) for reference in references]
+    return best_measures(said, texts, stem=False, kinds=("rougeLsum",))["rougeLsum"]
 
 
 # 2024-08 --------------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def _qa_chinese_08(said: str, references: Sequence[Any], extra: Extra) -> float:
 
 
 def _summary_08(said: str, references: Sequence[Any], extra: Extra) -> float:
-    return best_measures(said, [str(references[0])], stem=True)["rougeLsum"]
+    return best_measures(said, [str(references[0])], stem=True, kinds=("rougeLsum",))["rougeLsum"]
 
 
 _SHARED: dict[str, Rule] = {
