@@ -107,7 +107,12 @@ def _list_array(rows: list[Int32]) -> pa.ListArray:
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     values = np.concatenate(rows).astype(np.int32, copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return pa.ListArray.from_arrays(_int32_array(offsets), _int32_array(values))
+
+
+def _int32_array(values: Int32) -> pa.Int32Array:
+    """The same memory as an Arrow array; not by `pa.array`, which imports pandas to ask whether this is one of its."""
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 class ChunkDataset:
