@@ -26,7 +26,7 @@ from longlora_cli.data.dataset import ChunkDataset, ChunkWriter
 from longlora_cli.data.documents import Source, find_sources
 from longlora_cli.data.kept_tokens import KeptTokens
 from longlora_cli.data.ordering import GROUP
-from longlora_cli.data.plots import save_lengths
+from longlora_cli.data.plots import load_library, save_lengths
 from longlora_cli.data.preparation import Preparation, length_histogram
 from longlora_cli.data.samples import sampled_chunks
 from longlora_cli.data.tokenizing import tokenize
@@ -64,13 +64,17 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     meta: dict[str, Any] = {}
     overlap = OverlapWatch.of(config, asked)
     with ExitStack() as stack:
-        hashes = stack.enter_context(ThreadPoolExecutor(1))  # of files and tokenizer, while texts are read
+        hashes = stack.enter_context(
+            ThreadPoolExecutor(1)
+        )  # of files and tokenizer, and a picture, beside other work
         begun = hashes.submit(identity, config, tokenizer)
         key = hashes.submit(lambda: with_dates(begun.result(), [*sources, *asked]))
         size_bytes = mixture.size_bytes
         kept = None if dry_run else stack.enter_context(continued(config.out, key, size_bytes, console))
         writer = None if dry_run else stack.enter_context(_writing(config.out, meta))
         origin = hashes.submit(lambda: with_content(begun.result(), [*sources, *asked]))
+        if writer:
+            hashes.submit(load_library)
         # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
         preparation = Preparation(cutter, spool)
@@ -83,8 +87,11 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         if writer is not None:
             meta |= {key: value for key, value in summary.items() if key != "out"}
             meta |= _origin(config, begun.result(), origin.result())
+            picture = hashes.submit(
+                save_lengths, writer.folder / "lengths.png", preparation.lengths, preparation.learnt
+            )
             preparation.write(layout, writer)
-            save_lengths(writer.folder / "lengths.png", *writer.documents())
+            picture.result()
         samples = Samples(sampled_chunks(len(layout), config.show, config.seed))
         if samples.wanted:
             preparation.write([layout[index] for index in samples.wanted], samples)
@@ -200,7 +207,7 @@ def _summary(
         "synthetic_tasks": synthetic,
         "chunks": len(layout),
         "tokens": tokens,
-        "trained_tokens": preparation.trained_tokens,
+        "trained_tokens": int(preparation.learnt.sum()),
         "max_length": config.max_length,
         "longest_chunk": max(int(lengths[chunk].sum()) for chunk in layout),
         "fill": tokens / (len(layout) * config.max_length),
