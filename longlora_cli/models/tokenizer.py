@@ -6,8 +6,11 @@ chat template, each apart, so that prepared data can say which of the two differ
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +55,10 @@ def load_tokenizer(name_or_folder: str | Path, chat_template: str = OWN) -> Any:
             rule="A model folder has tokenizer.json and tokenizer_config.json.",
         )
     try:
-        if is_folder and takes_tokenizer_json_as_it_is(folder):
-            from transformers.tokenization_utils_tokenizers import TokenizersBackend as Loader
-        else:
-            from transformers import AutoTokenizer as Loader
-        tokenizer = Loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=is_folder)
+        with collector_paused():
+            tokenizer = _loader(folder, is_folder=is_folder).from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=is_folder
+            )
     except Exception as error:  # the backend raises nothing narrower for a damaged file
         reason = _first_line(error)
         if not is_folder and isinstance(error, OSError | ValueError):
@@ -72,6 +74,30 @@ def load_tokenizer(name_or_folder: str | Path, chat_template: str = OWN) -> Any:
         )
     choose_template(tokenizer, chat_template)
     return tokenizer
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's collector, which would walk through all modules again and again while a vocabulary's lists are
+    made: 0.2 s instead of 0.5 s for 49,152 tokens beside torch.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _loader(folder: Path, *, is_folder: bool) -> Any:
+    if is_folder and takes_tokenizer_json_as_it_is(folder):
+        from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+        return TokenizersBackend
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def takes_tokenizer_json_as_it_is(folder: Path) -> bool:
