@@ -16,8 +16,10 @@ import numpy.typing as npt
 from longlora_cli.errors import DataError
 
 RUN_WORDS = 13
-_EAST_ASIAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-_WORD = re.compile(f"[{_EAST_ASIAN}]|[^\\W_{_EAST_ASIAN}]+")
+EAST_ASIAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
+"""Characters, as a class of a regular expression, that are words by themselves."""
+
+_WORD = re.compile(f"[{EAST_ASIAN}]|[^\\W_{EAST_ASIAN}]+")
 # Odd, so that no word's place is lost modulo 2^64.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _UNKNOWN = -1  # a word that the evaluation data lack: no run with it can be there
