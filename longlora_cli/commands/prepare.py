@@ -156,7 +156,9 @@ def _read(
     texts = Texts(keep=bool(chats_wanted))
     with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
         documents = watched(mixture.read(overlap.keeps), texts, advance)
-        for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels, kept=kept)):
+        spool = kept.folder if kept else Path(tempfile.gettempdir())
+        tokenized = tokenize(documents, tokenizer, labels=config.labels, kept=kept, spool=spool)
+        for document in mixture.counted(tokenized):
             preparation.add(document)
     if chats_wanted:
         with console.progress("Synthetic chats", sum(chats_wanted.values())) as advance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,7 +50,11 @@ def _read(source: Source, number: int, seed: int) -> Iterator[Document]:
         )
     rng = random.Random(f"{seed}:sample:{number}")
     chosen = set(rng.sample(range(count), source.sample))
-    yield from (document for index, document in enumerate(source.read()) if index in chosen)
+    places = itertools.count()  # not enumerate, which holds a document while the next one is read
+    for document in source.read():
+        if next(places) in chosen:
+            yield document
+        del document
 
 
 @dataclass(frozen=True)
@@ -109,11 +114,13 @@ def _token_sizes(source: Source, number: int, seed: int, count_tokens: CountToke
     rng = random.Random(f"{seed}:probe:{number}")
     sizes: list[int] = []
     probed: list[Document] = []
-    for index, document in enumerate(_read(source, number, seed)):
+    for document in _read(source, number, seed):
+        index = len(sizes)
         sizes.append(_text_bytes(document))
         place = index if index < _PROBED else rng.randrange(index + 1)  # a reservoir: each with equal chance
         if place < _PROBED:
             probed[place : place + 1] = [_beginning(document)]
+        del document
     counted = sum(count_tokens(probed))
     return np.array(sizes, dtype=np.float64) * (counted / sum(map(_text_bytes, probed)))
 
@@ -131,9 +138,11 @@ def _choose(sizes: np.ndarray, budget: float, seed: str) -> np.ndarray:
 
 
 def _read_chosen(source: Source, number: int, seed: int, chosen: np.ndarray) -> Iterator[Document]:
-    for index, document in enumerate(_read(source, number, seed)):
-        if chosen[index]:
+    is_chosen = iter(chosen)
+    for document in _read(source, number, seed):
+        if next(is_chosen):
             yield document
+        del document
 
 
 def _beginning(document: Document) -> Document:

@@ -98,6 +98,7 @@ def find_duplicates(
                 if table is not None:
                     table.add(signature(document, found))
                 advance(document.size_bytes)
+                del document
             ends.append(len(characters))
         exact = _equal_to_earlier(digests)
         digests.clear()
@@ -155,13 +156,16 @@ def _by_source(
 def _read_others(source: Source, left_out: Bools) -> Iterator[Document]:
     """What stays; the bytes of what is left out count as the next one's, so that progress comes to its end."""
     passed_bytes = 0
-    for number, document in enumerate(source.read()):
-        if number == len(left_out):
+    rest = iter(left_out)
+    for document in source.read():
+        is_left_out = next(rest, None)
+        if is_left_out is None:
             raise DataError(f"{source.name} has changed while it was read")
         passed_bytes += document.size_bytes
-        if not left_out[number]:
+        if not is_left_out:
             yield replace(document, size_bytes=passed_bytes)
             passed_bytes = 0
+        del document  # a long text goes before the next one is read
 
 
 class _Table:

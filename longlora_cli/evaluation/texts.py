@@ -53,7 +53,7 @@ def read_texts(
     texts = []
     documents = list(_documents(paths, split))
     for document, tokens in zip(documents, tokenize(documents, tokenizer, labels="all"), strict=True):
-        ids = tokens.ids
+        ids = tokens.ids[:]
         if len(ids) and ids[-1] == tokenizer.eos_token_id:
             ids = ids[:-1]  # put there for training; it is not in the text
         ids = ids[:max_tokens]

@@ -58,7 +58,7 @@ def write_inputs(folder: Path, *, characters: int, chats: int) -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """`longlora` in forked processes, with small groups of pieces, see `fork_server`."""
     server = str(Path(__file__).parent / "fork_server.py")
-    small = ["_GROUP_CHARACTERS=4096", "_PIECE_CHARACTERS=1024"]
+    small = ["_GROUP_BYTES=4096", "_PIECE_CHARACTERS=1024"]
     words = [sys.executable, server, str(tmp_path_factory.mktemp("logs")), *small]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     with subprocess.Popen(words, stdin=-1, stdout=-1, text=True, env=environment) as process:
