@@ -42,7 +42,10 @@ def _read(source: Source, number: int, seed: int) -> Iterator[Document]:
     if source.sample is None:
         yield from source.read()
         return
-    count = sum(1 for _ in source.read())
+    count = 0
+    for document in source.read():
+        count += 1
+        del document  # a long text goes before the next one is read
     if source.sample > count:
         raise DataError(
             f"{source.name}[{source.sample}]: there are only {count} documents",
@@ -50,7 +53,7 @@ def _read(source: Source, number: int, seed: int) -> Iterator[Document]:
         )
     rng = random.Random(f"{seed}:sample:{number}")
     chosen = set(rng.sample(range(count), source.sample))
-    places = itertools.count()  # not enumerate, which holds a document while the next one is read
+    places = itertools.count()  # not enumerate, which would hold it
     for document in source.read():
         if next(places) in chosen:
             yield document
