@@ -8,9 +8,7 @@ Signatures are MinHash (Broder 1997), computed by rensa.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Any
@@ -20,7 +18,7 @@ import numpy.typing as npt
 
 from longlora_cli.data.chat_template import Message
 from longlora_cli.data.document import Document
-from longlora_cli.data.overlap import EAST_ASIAN
+from longlora_cli.data.overlap import WORD
 from longlora_cli.errors import SettingsError
 
 DIGEST_BYTES = 16
@@ -32,11 +30,8 @@ SIGNATURE = 2 * SLOTS
 
 RUN_WORDS = 5
 _SEED = 1
-# A word is cut after 64 letters, so that a text without spaces is not copied whole.
-_WORD = re.compile(f"[{EAST_ASIAN}]|[^\\W_{EAST_ASIAN}]{{1,64}}")
-# Text and words that are worked on at once: some 10 MB, whatever a text's length.
+# Text that is worked on at once: 40 MB with its words and runs, whatever a text's length.
 _CHARACTERS_AT_ONCE = 1 << 20
-_WORDS_AT_ONCE = 1 << 16
 
 Slots = npt.NDArray[np.uint32]
 
@@ -127,11 +122,10 @@ def _slots(parts: Iterable[str], otherwise: bytes) -> Slots:
     import rensa
 
     minhash = rensa.RMinHash(SLOTS, _SEED)
-    words = (match[0].lower() for part in parts for match in _WORD.finditer(part))
     last: list[str] = []
     has_runs = False
-    while more := list(itertools.islice(words, _WORDS_AT_ONCE)):
-        last += more
+    for piece in (piece for part in parts for piece in _pieces(part)):
+        last += WORD.findall(piece.lower())
         if len(last) >= RUN_WORDS:
             minhash.update(list(map(" ".join, zip(*(last[n:] for n in range(RUN_WORDS)), strict=False))))
             last, has_runs = last[1 - RUN_WORDS :], True
@@ -140,3 +134,14 @@ def _slots(parts: Iterable[str], otherwise: bytes) -> Slots:
     if not has_runs:
         minhash.update([" ".join(last)])
     return np.array(minhash.digest(), np.uint32)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces that end behind a space or line end, where they have one."""
+    start = 0
+    while len(text) - start > _CHARACTERS_AT_ONCE:
+        end = start + _CHARACTERS_AT_ONCE
+        end = max(text.rfind(" ", start, end), text.rfind("\n", start, end)) + 1 or end
+        yield text[start:end]
+        start = end
+    yield text[start:]

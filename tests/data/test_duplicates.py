@@ -200,13 +200,28 @@ def test_signatures_estimate_the_share_of_common_runs() -> None:
     assert abs(np.mean(errors)) < 0.05
 
 
-def test_a_signature_does_not_depend_on_the_words_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [text(1, paragraphs=2), "one two three four five", "one two three four", "one"]
+def test_a_signature_does_not_depend_on_the_pieces_that_a_text_is_read_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = [
+        text(1, paragraphs=2),
+        "one two three four five",
+        "one two three four",
+        "one",
+        " ",
+        "a  b\n\nc d e f ",
+    ]
     whole = [signature(Document("", each), b"0" * 16) for each in texts]
-    for at_once in (1, 2, 3, 4, 5, 6, 50):
-        monkeypatch.setattr("longlora_cli.data.fingerprints._WORDS_AT_ONCE", at_once)
+    for at_once in (8, 9, 10, 11, 30, 70):  # no word is longer
+        monkeypatch.setattr("longlora_cli.data.fingerprints._CHARACTERS_AT_ONCE", at_once)
         again = [signature(Document("", each), b"0" * 16) for each in texts]
         assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_a_text_without_spaces_is_read_in_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longlora_cli.data.fingerprints._CHARACTERS_AT_ONCE", 10)
+    one, two = (signature(Document("", letter * 1000), b"0" * 16) for letter in "ab")
+    assert (one != two)[:SLOTS].all()
 
 
 def test_chats_are_compared_as_whole_conversations(tmp_path: Path) -> None:
