@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_memory_of_a_text_is_known_before_it_is_made(character: str, width: int, length: int) -> None:
     text = "a" * (length - 1) + character
     assert character_bytes(text) == width
-    assert decoded_bytes(text.encode()) == length * width
+    assert decoded_bytes(text.encode())[0] == length * width
 
 
 def read(path: Path, content: str) -> list[Document]:
@@ -64,6 +64,7 @@ def test_a_text_file_may_have_half_of_the_memory(tmp_path: Path, fits: str, not_
         ("🙂" * 135, "🙂" * 145),
         ("x" * 380 + "\n", "x" * 400 + "\n"),
         ("🙂" * 85 + "\n", "🙂" * 95 + "\n"),
+        ("ab\n" * 25 + "🙂", "ab\n" * 35 + "🙂"),  # its parts take a byte a character
     ],
 )
 def test_a_line_of_json_may_have_half_of_the_memory_and_a_third_with_escapes(
@@ -74,6 +75,14 @@ def test_a_line_of_json_may_have_half_of_the_memory_and_a_third_with_escapes(
     with pytest.raises(DataError) as caught:
         read(tmp_path / "a.jsonl", row("first") + row(not_any_more))
     assert caught.value.message.startswith(f"{tmp_path / 'a.jsonl'}:2: the line ")
+
+
+@pytest.mark.parametrize(
+    "text", ["ab\\c" * 100, "🙂" * 50 + "\\" + "a" * 100, "a" * 100 + "\\" + "a" * 90 + "🙂", "\\🙂" * 100]
+)
+def test_what_parts_take_is_never_more_than_was_said(text: str) -> None:
+    parts = sum(len(part) * character_bytes(part) for part in text.split("\\"))
+    assert decoded_bytes(text.encode())[1] >= parts
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n\r\n"])

@@ -112,12 +112,13 @@ def _refuse_too_long(line: bytes) -> None:
     """Raise where a row takes more memory than there is for one: it is there as bytes and as text, then as text and as
     value, and with escapes in it the value is put together from its parts.
     """
-    text_bytes = decoded_bytes(line)
-    copies = 3 if b"\\" in line else 2
-    if max(len(line) + text_bytes, copies * text_bytes) > MOST_HELD_BYTES:
+    text_bytes, parts_bytes = decoded_bytes(line)
+    value_bytes = text_bytes + parts_bytes if b"\\" in line else text_bytes
+    held_bytes = text_bytes + max(len(line), value_bytes)
+    if held_bytes > MOST_HELD_BYTES:
         raise RowFault(
-            f"the line takes {text_bytes // 1_000_000:,} MB of memory as text, of which a row with"
-            f"{'' if copies == 3 else 'out'} escapes may have {MOST_HELD_BYTES // copies // 1_000_000}",
+            f"the line takes {held_bytes // 1_000_000:,} MB of memory while it is read, and one document may take "
+            f"{MOST_HELD_BYTES // 1_000_000}",
             hint="Make it several rows, or a text file of its own.",
         )
 

@@ -168,15 +168,24 @@ def character_bytes(text: str) -> int:
     return (sys.getsizeof(text) - sys.getsizeof("")) // len(text)
 
 
-def decoded_bytes(data: bytes) -> int:
-    """Memory that UTF-8 takes as text, found without making the text; bytes that are not UTF-8 count as characters."""
+def decoded_bytes(data: bytes) -> tuple[int, int]:
+    """Memory that UTF-8 takes as text, and in parts that backslashes end, found without making either.
+
+    The second is an upper bound: a character that takes 4 bytes counts for all from one block with a backslash to the
+    next. Bytes that are not UTF-8 count as characters.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    characters, width = 0, 1
+    characters, width, parts_bytes, part_characters, part_width = 0, 1, 0, 0, 1
     for start in range(0, len(data), _BLOCK_BYTES):
-        part = decoder.decode(data[start : start + _BLOCK_BYTES])
-        characters += len(part)
-        width = max(width, character_bytes(part))
-    return characters * width
+        text = decoder.decode(data[start : start + _BLOCK_BYTES])
+        own_width = character_bytes(text)
+        characters, width = characters + len(text), max(width, own_width)
+        part_characters, part_width = part_characters + len(text), max(part_width, own_width)
+        if "\\" in text:
+            rest = len(text) - 1 - text.rindex("\\")
+            parts_bytes += (part_characters - rest) * part_width
+            part_characters, part_width = rest, own_width
+    return characters * width, parts_bytes + part_characters * part_width
 
 
 def note_other_encoding(data: bytes, faults: Faults) -> bool:
