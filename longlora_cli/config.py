@@ -80,6 +80,12 @@ class PrepareConfig(Section):
     on_overlap: Literal["report", "drop", "error"] = setting(
         "report", "What to do with documents that overlap with --overlap-check."
     )
+    dedup: Literal["none", "exact", "near"] = setting(
+        "none", "Leave out documents that an earlier one is equal to, but for white space, or nearly equal."
+    )
+    dedup_threshold: float = setting(
+        0.8, "Share of 5-word runs that near duplicates have in common, of all that either has.", ge=0.5, le=1
+    )
     format: Literal[
         "auto", "messages", "sharegpt", "prompt", "outputs", "alpaca", "longbench", "questions", "text"
     ] = setting("auto", "What rows of JSON, tables and datasets are; auto finds it by their keys.")
@@ -102,6 +108,7 @@ class PrepareConfig(Section):
             raise ValueError("--stride and --overlap say the same: --stride is --max-length less --overlap")
         self.needs("overlap", self.overlap == 0 or self.on_long == "split", "only --on-long split overlaps")
         self.needs("on_overlap", bool(self.overlap_check), "no --overlap-check is asked for")
+        self.needs("dedup_threshold", self.dedup == "near", "only --dedup near compares by degree")
         for name in ("stride", "split_at"):
             self.needs(name, self.on_long == "split", "only --on-long split makes several pieces")
         self.needs(

@@ -12,6 +12,7 @@ from typing import Any
 
 from longlora_cli.commands.prepare_again import MADE_FROM, identity, made_before, with_content, with_dates
 from longlora_cli.commands.prepare_continue import continued
+from longlora_cli.commands.prepare_duplicates import Deduplicated
 from longlora_cli.commands.prepare_inputs import Mixture, Texts, watched
 from longlora_cli.commands.prepare_overlap import OverlapWatch
 from longlora_cli.commands.prepare_show import Samples, show_samples
@@ -60,7 +61,8 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     if is_artifact(config.out, "dataset"):
         before = made_before(config.out, with_content(identity(config, tokenizer), [*sources, *asked]))
         return _unchanged(before, config, tokenizer, console, dry_run=dry_run)
-    mixture = Mixture(sources, tokenizer, config, console)
+    once = Deduplicated(sources, config, console)
+    mixture = Mixture(once.sources, tokenizer, config, console)
     cutter = _cutter(config, tokenizer)
     safe_encoder(tokenizer)  # made before the thread begins, with which it would share Python's lock
     meta: dict[str, Any] = {}
@@ -81,7 +83,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         cost = chunk_cost(config.model)
         layout = preparation.layout(cost, packed=config.pack, seed=config.seed)
         summary = _summary(preparation, layout, cost, config, chats_wanted)
-        summary |= {"mixture": mixture.rows(), "formats": formats, **overlap.facts()}
+        summary |= {"mixture": mixture.rows(), "formats": formats, **once.facts(), **overlap.facts()}
         if writer is not None:
             meta |= summary | _origin(config, begun.result(), origin.result())
             del meta["out"]
@@ -92,8 +94,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         preparation.close()
     seconds = time.monotonic() - started  # not in the manifest, which is the same whenever it is made
     summary |= {"seconds": seconds, "tokens_per_second": summary["tokens_read"] / seconds}
-    _show(summary, console, dry_run)
-    overlap.show(console)
+    _show(summary, console, dry_run, [once, overlap])
     if samples.wanted:
         show_samples(samples, len(layout), tokenizer, console)
     return summary | {"unchanged": False, "dry_run": dry_run}
@@ -170,7 +171,9 @@ def _read(
     texts = Texts(keep=bool(chats_wanted))
     with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
         documents = watched(mixture.read(overlap.keeps), texts, advance)
-        for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels, kept=kept)):
+        spool = kept.folder if kept else Path(tempfile.gettempdir())
+        tokenized = tokenize(documents, tokenizer, labels=config.labels, kept=kept, spool=spool)
+        for document in mixture.counted(tokenized):
             preparation.add(document)
     if chats_wanted:
         with console.progress("Synthetic chats", sum(chats_wanted.values())) as advance:
@@ -225,7 +228,9 @@ def _summary(
     }
 
 
-def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
+def _show(
+    summary: dict[str, Any], console: Console, dry_run: bool, more: list[Deduplicated | OverlapWatch]
+) -> None:
     trained = summary["trained_tokens"] / summary["tokens"]
     tasks = summary["synthetic_tasks"]
     rows = [
@@ -271,6 +276,8 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
     for row in summary["histogram"]:
         console.print(f"  up to {row['up_to']:>11,} {row['pieces']:>11,} {_bar(row['pieces'] / most)}")
     console.print("Nothing was written (--dry-run)." if dry_run else f"Wrote {summary['out']}.")
+    for part in more:
+        part.show(console)
 
 
 def _bar(share: float) -> str:
