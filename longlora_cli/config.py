@@ -80,6 +80,12 @@ class PrepareConfig(Section):
     on_overlap: Literal["report", "drop", "error"] = setting(
         "report", "What to do with documents that overlap with --overlap-check."
     )
+    dedup: Literal["none", "exact", "near"] = setting(
+        "none", "Leave out documents that an earlier one is equal to, but for white space, or nearly equal."
+    )
+    dedup_threshold: float = setting(
+        0.8, "Share of 5-word runs that near duplicates have in common, of all that either has.", ge=0.5, le=1
+    )
     format: Literal[
         "auto", "messages", "sharegpt", "prompt", "outputs", "alpaca", "longbench", "questions", "text"
     ] = setting("auto", "What rows of JSON, tables and datasets are; auto finds it by their keys.")
@@ -102,6 +108,7 @@ class PrepareConfig(Section):
             raise ValueError("--stride and --overlap say the same: --stride is --max-length less --overlap")
         self.needs("overlap", self.overlap == 0 or self.on_long == "split", "only --on-long split overlaps")
         self.needs("on_overlap", bool(self.overlap_check), "no --overlap-check is asked for")
+        self.needs("dedup_threshold", self.dedup == "near", "only --dedup near compares by degree")
         for name in ("stride", "split_at"):
             self.needs(name, self.on_long == "split", "only --on-long split makes several pieces")
         self.needs(
@@ -162,10 +169,6 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-# Settings that read finished results, and those that go with each; no model is measured, so nothing else has an effect.
-_READ_RESULTS = {"rescore": ("scorer",)}
-
-
 class EvalConfig(RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
@@ -178,7 +181,10 @@ class EvalConfig(RopeSection, ModelSection):
         False, "Only write the samples of synthetic tasks, as .jsonl with RULER's fields; no model is loaded."
     )
     # None only where finished results are read; else the checks below refuse it.
-    out: Path = setting(None, "Folder to make; needed unless finished results are read.", short="-o")
+    out: Path = setting(None, "Folder to make; with --report the .html file.", short="-o")
+    report: Path | None = setting(
+        None, "Finished evaluation whose report is made anew from its results and samples; no model is read."
+    )
     data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
     split: str = setting("test", "Split of a hub or saved dataset.")
     haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
@@ -193,12 +199,31 @@ class EvalConfig(RopeSection, ModelSection):
     )
     window: Length = setting(4096, "Perplexity: tokens of one window.", ge=2)
     stride: Length | None = setting(None, "Perplexity: tokens between windows; default: half a window.", ge=1)
+    bos: Literal["auto", "each", "first", "none"] = setting(
+        "auto",
+        "Perplexity: BOS in front of each window, of each text (first), or none; auto: as the tokenizer.",
+    )
+    docs: Literal["separate", "concat"] = setting(
+        "separate", "Perplexity: each text by itself, or all as one with an empty line between two."
+    )
+    short_context: Length | None = setting(
+        None, "Perplexity: score the curve's tokens with this context too; what the longer one gains.", ge=2
+    )
+    compat: Names = setting(
+        [], "Perplexity: beside the exact one those by the rules of longlora, hf-docs, lm-eval."
+    )
     max_tokens: Length | None = setting(None, "Perplexity: read at most this much of each text.", ge=2)
     metrics: Names = setting(["rouge", "f1", "exact_match", "accuracy"], "Scores of generate.")
     max_samples: int | None = setting(None, "Generate for at most this many rows.", ge=1)
     max_new_tokens: int = setting(64, "Longest answer.", ge=1)
     prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
+    effective_score: float = setting(
+        85.6, "Per cent that a length must score to count as effective; default: RULER's.", gt=0, le=100
+    )
+    compare: Path | None = setting(
+        None, "Finished evaluation to compare with, by paired tests; without --model, --out is finished too."
+    )
     rescore: Path | None = setting(
         None, "Score the finished predictions of this .jsonl or .csv instead; needs neither model nor --out."
     )
@@ -206,36 +231,46 @@ class EvalConfig(RopeSection, ModelSection):
         None, "How to score --rescore: a name such as longbench.qa_f1, a version after @ (docs/eval.md)."
     )
 
+    @property
+    def only_compares(self) -> bool:
+        """`out` and `compare` are two finished folders: nothing is measured or written."""
+        return self.compare is not None and not (self.given("model") or self.given("adapter"))
+
     def module(self, command: str) -> str:
-        """`eval_rescore` for --rescore and `eval_make` for --make: they start without torch."""
-        if self.make:
-            return "eval_make"
-        return "eval_rescore" if self.rescore is not None else command
+        """Settings that measure no model have modules of their own; they start without torch."""
+        if self.rescore is not None:
+            return "eval_rescore"
+        if self.report is not None:
+            return "eval_report"
+        if self.only_compares:
+            return "eval_compare"
+        return "eval_make" if self.make else command
+
+    @property
+    def measures(self) -> bool:
+        """A model is measured, or samples are made for one; else finished results are read."""
+        return self.rescore is None and self.report is None and not self.only_compares
 
     @model_validator(mode="after")
-    def _finished_results_or_a_model(self) -> EvalConfig:
-        for name, companions in _READ_RESULTS.items():
-            if getattr(self, name) is None:
-                for companion in companions:
-                    self.needs(companion, False, f"it belongs to --{name}")
-                continue
-            for other in type(self).model_fields:
-                matters = other in (name, *companions)
-                self.needs(other, matters, f"--{name} reads finished results and measures no model")
+    def _finished_results_are_read_alone(self) -> EvalConfig:
+        if self.rescore is not None:
+            self.allows_only("rescore", "scorer")
+            if self.scorer is None:
+                raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
             return self
+        self.needs("scorer", False, "it belongs to --rescore")
         if self.out is None:
             raise ValueError("--out is missing (Folder to make.)")
-        return self
-
-    @model_validator(mode="after")
-    def _rescore_names_its_scorer(self) -> EvalConfig:
-        if self.rescore is not None and self.scorer is None:
-            raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
+        if self.report is not None:
+            self.allows_only("report", "out")
+        elif self.only_compares:
+            for name in sorted(self.model_fields_set - {"out", "compare"}):
+                self.needs(name, False, "without --model, --out and --compare are two finished folders")
         return self
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
-        if self.out is None:
+        if not self.measures:
             return self
         if fault := unknown_task(self.tasks):
             raise ValueError(fault)
@@ -245,6 +280,7 @@ class EvalConfig(RopeSection, ModelSection):
         grid = bool(tasks - {"ppl", "generate"})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):
             self.needs(name, grid, "it belongs to passkey, needle and synthetic tasks")
+        self.needs("effective_score", grid and not self.make, "it belongs to measured lengths")
         for name in ("needle_facts", "needle_wording"):
             self.needs(name, "needle" in tasks, "it belongs to needle")
         if "needle" in tasks and self.needle_facts < self.depths:
@@ -252,9 +288,16 @@ class EvalConfig(RopeSection, ModelSection):
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
+        return self
+
+    @model_validator(mode="after")
+    def _data_is_read_as_asked(self) -> EvalConfig:
+        if not self.measures:
+            return self
+        tasks = set(expand(self.tasks))
         asks = bool(tasks & {"passkey", "needle", "generate"})
         self.needs("max_new_tokens", asks, "it belongs to passkey, needle and generate")
-        for name in ("window", "stride", "max_tokens"):
+        for name in ("window", "stride", "max_tokens", "bos", "docs", "short_context", "compat"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
         for name in ("metrics", "max_samples"):
             self.needs(name, "generate" in tasks, "it belongs to generate")
@@ -265,6 +308,12 @@ class EvalConfig(RopeSection, ModelSection):
             raise ValueError(
                 f"--stride {self.stride} is above --window {self.window}: tokens would be skipped"
             )
+        if self.short_context is not None and self.short_context >= self.window:
+            raise ValueError(
+                f"--short-context {self.short_context} is not below --window {self.window}: nothing is longer"
+            )
+        if unknown := set(self.compat) - {"longlora", "hf-docs", "lm-eval"}:
+            raise ValueError(f"--compat knows longlora, hf-docs, lm-eval; not {', '.join(sorted(unknown))}")
         return self
 
 
