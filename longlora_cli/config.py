@@ -24,7 +24,7 @@ from longlora_cli.sections import (
     OptimSection,
     RopeSection,
 )
-from longlora_cli.task_names import BUILT_IN, expand, unknown_task
+from longlora_cli.task_names import BUILT_IN, expand, is_from_files, unknown_task
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths
 
 
@@ -172,15 +172,20 @@ class EvalConfig(RopeSection, ModelSection):
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
     tasks: Names = setting(
         ["ppl", "needle"],
-        "What to measure: ppl, passkey, needle, generate, synthetic tasks (docs/eval.md) or groups: ruler, niah, synthetic.",
+        "What to measure: ppl, passkey, needle, generate, synthetic tasks or groups of them, and benchmarks in "
+        "--data: longbench, infinitebench, ... (docs/eval.md).",
     )
     make: bool = setting(
         False, "Only write the samples of synthetic tasks, as .jsonl with RULER's fields; no model is loaded."
     )
     # None only where finished results are read; else the checks below refuse it.
     out: Path = setting(None, "Folder to make; needed unless finished results are read.", short="-o")
-    data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
-    split: str = setting("test", "Split of a hub or saved dataset.")
+    data: Paths = setting(
+        [],
+        "ppl: texts; generate: .jsonl with input and outputs; benchmarks: their files or folders.",
+        short="-d",
+    )
+    split: str = setting("test", "Split of a hub or saved dataset, or of QMSum.")
     haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
     lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey, needle and synthetic tasks.")
     depths: int = setting(5, "Depths from start to end, per length.", ge=1, le=101)
@@ -195,8 +200,24 @@ class EvalConfig(RopeSection, ModelSection):
     stride: Length | None = setting(None, "Perplexity: tokens between windows; default: half a window.", ge=1)
     max_tokens: Length | None = setting(None, "Perplexity: read at most this much of each text.", ge=2)
     metrics: Names = setting(["rouge", "f1", "exact_match", "accuracy"], "Scores of generate.")
-    max_samples: int | None = setting(None, "Generate for at most this many rows.", ge=1)
-    max_new_tokens: int = setting(64, "Longest answer.", ge=1)
+    max_samples: int | None = setting(
+        None, "At most this many rows of generate, and of each task of a benchmark.", ge=1
+    )
+    max_new_tokens: int = setting(
+        64, "Longest answer; of benchmarks only where given: each has its own.", ge=1
+    )
+    truncate: Literal["middle", "left", "error", "skip"] = setting(
+        "middle", "Benchmarks: what becomes of prompts that are too long; middle keeps both ends."
+    )
+    max_prompt: Length | None = setting(
+        None,
+        "Benchmarks: most tokens of a prompt without its template; default: what the model has room for.",
+        ge=16,
+    )
+    prompts: Path | None = setting(
+        None,
+        "Benchmarks: prompts by task, as LongBench's dataset2prompt.json; used unasked where it lies in --data.",
+    )
     prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
     rescore: Path | None = setting(
@@ -233,6 +254,25 @@ class EvalConfig(RopeSection, ModelSection):
             raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
         return self
 
+    @property
+    def file_tasks(self) -> list[str]:
+        """The benchmarks that are read from files, or tasks of them, in the order asked for."""
+        return [task for task in dict.fromkeys(self.tasks) if is_from_files(task)]
+
+    def _benchmarks_have_their_data(self, tasks: set[str]) -> None:
+        for name in ("truncate", "max_prompt", "prompts"):
+            self.needs(name, bool(self.file_tasks), "it belongs to benchmarks")
+        if not self.file_tasks:
+            return
+        if not self.data:
+            raise ValueError(f"--tasks {self.file_tasks[0]} needs --data FOLDER")
+        if others := sorted(tasks & {"ppl", "generate"}):
+            raise ValueError(
+                f"--tasks {others[0]} and {self.file_tasks[0]} read --data in different ways; ask for them separately"
+            )
+        if self.rope != "keep" and self.max_prompt is None:
+            raise ValueError("--rope changes how long a prompt may be; say it with --max-prompt")
+
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
         if self.out is None:
@@ -240,9 +280,12 @@ class EvalConfig(RopeSection, ModelSection):
         if fault := unknown_task(self.tasks):
             raise ValueError(fault)
         tasks = set(expand(self.tasks))
-        if self.make and (others := [task for task in self.tasks if task in BUILT_IN]):
+        from_files = bool(self.file_tasks)
+        others = [task for task in self.tasks if task in BUILT_IN or is_from_files(task)]
+        if self.make and others:
             raise ValueError(f"--make writes samples of synthetic tasks, not of {', '.join(others)}")
-        grid = bool(tasks - {"ppl", "generate"})
+        self._benchmarks_have_their_data(tasks)
+        grid = bool(tasks - {"ppl", "generate", *self.file_tasks})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):
             self.needs(name, grid, "it belongs to passkey, needle and synthetic tasks")
         for name in ("needle_facts", "needle_wording"):
@@ -252,13 +295,14 @@ class EvalConfig(RopeSection, ModelSection):
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
-        asks = bool(tasks & {"passkey", "needle", "generate"})
-        self.needs("max_new_tokens", asks, "it belongs to passkey, needle and generate")
+        asks = from_files or bool(tasks & {"passkey", "needle", "generate"})
+        self.needs("max_new_tokens", asks, "it belongs to passkey, needle, generate and benchmarks")
         for name in ("window", "stride", "max_tokens"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
-        for name in ("metrics", "max_samples"):
-            self.needs(name, "generate" in tasks, "it belongs to generate")
-        self.needs("data", bool(tasks & {"ppl", "generate"}), "it belongs to ppl and generate")
+        self.needs("metrics", "generate" in tasks, "it belongs to generate")
+        rows = from_files or "generate" in tasks
+        self.needs("max_samples", rows, "it belongs to generate and benchmarks")
+        self.needs("data", rows or "ppl" in tasks, "it belongs to ppl, generate and benchmarks")
         if "generate" in tasks and not self.data:
             raise ValueError("--tasks generate needs --data FILE.jsonl")
         if self.stride is not None and self.stride > self.window:

@@ -23,7 +23,7 @@ def plain_text(sample: Sample) -> str:
     if len(turns) > 1:
         named = [f"{message['role'].capitalize()}: {message['content']}" for message in sample.messages]
         return "\n".join([*named, "Assistant:"]) + _opened(" ", sample)
-    return turns[0] + (sample.answer_prefix.rstrip() or "\n")
+    return turns[0] + (sample.answer_prefix.rstrip() or ("" if sample.as_is else "\n"))
 
 
 def prompt_ids(tokenizer: Any, sample: Sample) -> list[int]:
