@@ -19,6 +19,7 @@ from longlora_cli.section import Section, setting
 from longlora_cli.sections import (
     CHAT_TEMPLATE_HELP,
     AdapterSection,
+    BenchmarkSection,
     EngineSection,
     ModelSection,
     OptimSection,
@@ -166,7 +167,7 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
 _READ_RESULTS = {"rescore": ("scorer",)}
 
 
-class EvalConfig(RopeSection, ModelSection):
+class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -205,18 +206,6 @@ class EvalConfig(RopeSection, ModelSection):
     )
     max_new_tokens: int = setting(
         64, "Longest answer; of benchmarks only where given: each has its own.", ge=1
-    )
-    truncate: Literal["middle", "left", "error", "skip"] = setting(
-        "middle", "Benchmarks: what becomes of prompts that are too long; middle keeps both ends."
-    )
-    max_prompt: Length | None = setting(
-        None,
-        "Benchmarks: most tokens of a prompt without its template; default: what the model has room for.",
-        ge=16,
-    )
-    prompts: Path | None = setting(
-        None,
-        "Benchmarks: prompts by task, as LongBench's dataset2prompt.json; used unasked where it lies in --data.",
     )
     prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)

@@ -58,6 +58,23 @@ class RopeSection(Section):
         return self
 
 
+class BenchmarkSection(Section):
+    """How the rows of benchmarks read from files are asked."""
+
+    truncate: Literal["middle", "left", "error", "skip"] = setting(
+        "middle", "Benchmarks: what becomes of prompts that are too long; middle keeps both ends."
+    )
+    max_prompt: Length | None = setting(
+        None,
+        "Benchmarks: most tokens of a prompt without its template; default: what the model has room for.",
+        ge=16,
+    )
+    prompts: Path | None = setting(
+        None,
+        "Benchmarks: prompts by task, as LongBench's dataset2prompt.json; used unasked where it lies in --data.",
+    )
+
+
 class AdapterSection(Section):
     """What is trained."""
 

@@ -72,6 +72,7 @@ def unknown_task(names: Iterable[str]) -> str | None:
     for name in names:
         if name not in known and not is_from_files(name):
             close = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {close[0]}?" if close else "."
-            return f"--tasks {name}: unknown task{meant} Known: {', '.join(known)}."
+            return f"--tasks {name}: unknown task" + (
+                f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+            )
     return None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from longlora_cli.data.counting import token_counter
-from longlora_cli.evaluation.tasks.prompts import plain_text, prompt_tokens
+from longlora_cli.evaluation.tasks.prompts import prompt_tokens
 from longlora_cli.evaluation.tasks.sample import Sample
 
 
@@ -26,7 +26,7 @@ def ruler_row(tokenizer: Any, index: int, sample: Sample) -> dict[str, Any]:
         "index": index,
         "input": content,
         "outputs": sample.outputs,
-        "length": counter.count(plain_text(sample)) + sample.max_new_tokens,
+        "length": counter.count(content + sample.answer_prefix) + sample.max_new_tokens,
         "length_w_model_temp": prompt_tokens(tokenizer, sample) + sample.max_new_tokens,
         "answer_prefix": sample.answer_prefix,
         "token_position_answer": None if place < 0 else counter.count(content[:place]),

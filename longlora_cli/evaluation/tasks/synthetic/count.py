@@ -69,7 +69,7 @@ def sort(request: Request) -> Sample:
             messages=[{"role": "user", "content": content}],
             outputs=[", ".join(things)],
             scorer="synthetic.order",
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=request.room_for(", ".join(things), MAX_NEW_TOKENS),
             answer_prefix=" Earliest first:",
         )
 

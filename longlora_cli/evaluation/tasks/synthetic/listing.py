@@ -66,7 +66,8 @@ def list_around(
         before = max(after - 1, 0)
         gap = before if place - ends[before] < ends[after] - place else after
         listed = [*units[:gap], target, *units[gap:count]]
-        return finish(listed, ends[gap] / max(ends[count], 1), padding)
+        context = ends[count] + sum(unit_costs(request, [padding])) if padding else ends[count]
+        return finish(listed, ends[gap] / max(context, 1), padding)
 
     return fit_padded(request, costs, compose, least=least)
 

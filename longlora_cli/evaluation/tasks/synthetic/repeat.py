@@ -35,13 +35,14 @@ def repeat(request: Request) -> Sample:
         listed = units[:count]
         context = "\n\n".join([*listed, padding] if padding else listed)
         content = TEMPLATE.format(context=context, number=asked + 1)
+        total = sum(costs[:count]) + sum(unit_costs(request, [padding] if padding else []))
         return request.make(
             messages=[{"role": "user", "content": content}],
             outputs=[texts[asked]],
             scorer="synthetic.copy",
             max_new_tokens=most,
             answer_prefix=f" Paragraph {asked + 1}:",
-            facts={"actual_depth": sum(costs[:asked]) / sum(costs[:count]), "paragraphs": count},
+            facts={"actual_depth": sum(costs[:asked]) / total, "paragraphs": count},
         )
 
     return fit_padded(request, costs, compose, least=1)

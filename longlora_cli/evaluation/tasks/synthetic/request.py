@@ -61,6 +61,10 @@ class Request:
         """Tokens kept for a long answer: `most`, and at most a quarter of the length."""
         return min(most, self.length // 4)
 
+    def room_for(self, answer: str, usual: int) -> int:
+        """The usual number of tokens for an answer, and more where the tokenizer needs more to say it."""
+        return max(usual, token_counter(self.tokenizer).count(" " + answer))
+
     def make(self, **fields: Any) -> Sample:
         """A sample of this request; `facts` get its length and number."""
         facts = {"length": self.length, "sample": self.sample, **fields.pop("facts", {})}

@@ -55,7 +55,7 @@ def vt(request: Request) -> Sample:
                 messages=[{"role": "user", "content": shown + TEMPLATE.format(context=context, query=value)}],
                 outputs=names,
                 scorer="ruler.all",
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=request.room_for(", ".join(names), MAX_NEW_TOKENS),
                 answer_prefix=ANSWER_PREFIX.format(number=HOPS + 1, query=value),
                 facts={"actual_depths": found, "example_blocks": blocks},
             )
