@@ -226,7 +226,7 @@ def one_turn(
         max_new_tokens,
         extra={"task": row.task, **(extra or {})},
         facts={
-            "row": f"{row.file.parts[-1]}:{row.line}",
+            "row": f"{row.file.name}:{row.line}",
             "document": about,
             "prompts": prompts,
             **(facts or {}),

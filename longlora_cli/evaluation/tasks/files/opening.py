@@ -179,7 +179,13 @@ def _task_of(family: Family, file: DataFile) -> str | None:
 
 
 def _ordered(family: Family, found: Mapping[str, list[DataFile]]) -> list[str]:
-    return [task for task in family.tasks if task in found] or sorted(found)
+    return [task for task in family.tasks if task in found] or sorted(found, key=_by_number)
+
+
+def _by_number(task: str) -> tuple[int, str]:
+    """`5_topics` before `10_topics`."""
+    digits = task.split("_")[0]
+    return (int(digits) if digits.isdecimal() else 0, task)
 
 
 def _templates(prompts: Path | None, paths: Sequence[Path]) -> dict[str, str]:

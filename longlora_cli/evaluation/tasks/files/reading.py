@@ -44,6 +44,11 @@ class DataFile:
         return str(self.path) if self.member is None else f"{self.path}!{self.member}"
 
     @property
+    def name(self) -> str:
+        """Its name without folders."""
+        return PurePosixPath(self.member or self.path.name).name
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The folders above it and its name, the suffixes left out: `data/4k/qa1.json.gz` -> `data`, `4k`, `qa1`."""
         where = self.path.parts if self.member is None else PurePosixPath(self.member).parts
@@ -57,7 +62,7 @@ class DataFile:
     @property
     def kind(self) -> str:
         """One of `KINDS`, or another suffix that is not read."""
-        return _plain(self.member or self.path.name)[1]
+        return _plain(self.name)[1]
 
     def first_row(self) -> dict[str, Any]:
         """The fields of its first row; none where it cannot be read, which is told when all rows are wanted."""
