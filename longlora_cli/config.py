@@ -217,7 +217,7 @@ class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
     )
 
     def module(self, command: str) -> str:
-        """`eval_rescore` for --rescore and `eval_make` for --make: they start without torch."""
+        """`eval_rescore` for --rescore, which starts without torch, and `eval_make` for --make, without a model."""
         if self.make:
             return "eval_make"
         return "eval_rescore" if self.rescore is not None else command
