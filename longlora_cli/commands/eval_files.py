@@ -22,6 +22,7 @@ def show_benchmarks(
     """
     for family, summary in benchmarks.items():
         columns = list(summary["columns"])
+        heads = [name.removeprefix(family) for name in columns]
         rows = [
             [task, found["n"], _percent(found), *(_column(found, name) for name in columns), found["scorer"]]
             for task in summary["tasks"]
@@ -31,7 +32,7 @@ def show_benchmarks(
         rows.append(["mean of tasks", summary["n"], *mean, ""])
         console.table(
             f"{family}: scores in per cent with 95 % intervals",
-            ["task", "n", "score", *columns, "scorer"],
+            ["task", "n", "score", *heads, "scorer"],
             rows,
         )
         _show_parts(summary, console)

@@ -53,7 +53,10 @@ def score_file_task(
     wordings = [row["prompts"] for row in rows]
     summary["prompts"] = {source: wordings.count(source) for source in sorted(set(wordings))}
     if family.parts:
-        summary["parts"] = {fact: _by(scored, fact, columns) for fact in family.parts}
+        summary["parts"] = {
+            fact: {str(value): means for value, means in _by(scored, fact, columns).items()}
+            for fact in family.parts
+        }
     if all("length" in row for row in scored):
         summary["lengths"] = [
             {"length": length, **means} for length, means in _by(scored, "length", columns).items()
@@ -111,7 +114,7 @@ def _parts(summaries: Sequence[Summary], fact: str) -> Summary:
                 [s["parts"][fact][value]["score"] for s in summaries if value in s["parts"][fact]]
             ),
         }
-        for value in sorted(values, key=str)
+        for value in sorted(values)
     }
 
 

@@ -22,7 +22,6 @@ from longlora_cli.generation import prefill as prefill_module
 from longlora_cli.generation.session import Session
 from longlora_cli.models.tokenizer import load_tokenizer
 
-
 CHOICES = ["stone", "a ripe apple", "wind", "sea"]
 
 

@@ -388,7 +388,7 @@ def test_at_most_max_samples_of_each_task_are_asked(tokenizer, tmp_path):
 
 
 def test_the_prompts_that_are_shipped_name_their_source_and_licence():
-    folder = Path(files.__file__).parent.parent.parent / "longlora_cli/evaluation/tasks/files/prompts"
+    folder = Path(files.__file__).parent.parent / "longlora_cli/evaluation/tasks/files/prompts"
     notice = (folder / "NOTICE.txt").read_text()
     assert "Permission is hereby granted" in notice
     for path in folder.glob("*.json"):
