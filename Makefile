@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= true
 
-.PHONY: quickstart test test-slow test-gpu lint types wheel docs
+.PHONY: quickstart test test-slow test-gpu browser lint types wheel docs
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,11 @@ test-slow: $(READY)  ## the slower tier: random kills, the real model
 
 test-gpu: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+
+browser:  ## the Chromium in which tests open the report of eval; Debian's, as root, unless there is one
+	@for name in chromium chromium-browser google-chrome google-chrome-stable chrome; do \
+	  command -v $$name && exit 0; \
+	done; apt-get update && apt-get install --yes --no-install-recommends chromium
 
 lint: $(READY)
 	$(BIN)/ruff check .

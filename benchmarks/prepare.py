@@ -7,11 +7,13 @@ Three stacks take turns, each in a process of its own, so that what else the mac
 
 - `longlora`: `prepare` from the first look at the inputs to the folder on disk, with reading, cutting, packing,
   checksums and loading the tokenizer; once with the books as they are and once as one file;
-- `tokenizers-raw`: `encode_batch_fast` on the same pieces in memory, nothing done with the result: the upper bound;
+- `longlora-command`: the same as a user types it, from the start of Python to its end, with all imports;
+- `tokenizers-raw`: `encode_batch_fast` of the model's own tokenizer as it is loaded, on the same pieces in memory,
+  nothing done with the result;
 - `datasets-map`: `datasets.map` over the same pieces, batched, returning Python lists, with as many processes.
 
-What is imported or is warmed up only once is left out for all. A figure is the median over the rounds. CPU seconds are
-printed beside the others: on a machine with other work they are the steadier measure.
+But for `longlora-command`, what is imported or is warmed up only once is left out. A figure is the median over the
+rounds. CPU seconds are printed beside the others: on a machine with other work they are the steadier measure.
 """
 
 from __future__ import annotations
@@ -46,22 +48,23 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def usage() -> tuple[float, int]:
+def usage(processes: int) -> tuple[float, int]:
     """CPU seconds of this process and its children, and the peak of their memory in bytes.
 
-    Of several children only the largest one's peak is known; it stands for each of two.
+    Of several children only the largest one's peak is known; it stands for each of `processes`.
     """
     mine, theirs = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     cpu = mine.ru_utime + mine.ru_stime + theirs.ru_utime + theirs.ru_stime
-    return cpu, (mine.ru_maxrss + 2 * theirs.ru_maxrss) * 1024
+    return cpu, (mine.ru_maxrss + processes * theirs.ru_maxrss) * 1024
 
 
-def timed(work: Callable[[], int]) -> dict[str, float]:
-    """What `work` takes, which returns its tokens."""
-    cpu, started = usage()[0], time.perf_counter()
+def timed(work: Callable[[], int], *, processes: int = 2) -> dict[str, float]:
+    """What `work` takes, which returns its tokens and has so many children at once."""
+    cpu, started = usage(processes)[0], time.perf_counter()
     tokens = work()
     seconds = time.perf_counter() - started
-    return {"tokens": tokens, "seconds": seconds, "cpu_seconds": usage()[0] - cpu, "peak_bytes": usage()[1]}
+    cpu_after, peak_bytes = usage(processes)
+    return {"tokens": tokens, "seconds": seconds, "cpu_seconds": cpu_after - cpu, "peak_bytes": peak_bytes}
 
 
 def run_longlora(inputs: Path, model: str, folder: Path) -> dict[str, float]:
@@ -80,6 +83,20 @@ def run_longlora(inputs: Path, model: str, folder: Path) -> dict[str, float]:
     return timed(lambda: work(inputs, "data"))
 
 
+def run_command(inputs: Path, model: str, folder: Path) -> dict[str, float]:
+    """`longlora prepare` as it is typed."""
+    out, length = str(folder / "data"), str(MAX_LENGTH)
+    words = ["prepare", str(inputs), "--model", model, "--max-length", length, "--out", out, "--json"]
+
+    def work() -> int:
+        done = subprocess.run(
+            [sys.executable, "-m", "longlora_cli", *words], check=True, capture_output=True, text=True
+        )
+        return int(json.loads(done.stdout)["tokens_read"])
+
+    return timed(work, processes=1)
+
+
 def pieces_of(inputs: Path, model: str) -> tuple[Any, Any, list[str]]:
     """The tokenizer, its encoder, and the pieces that prepare makes of the texts."""
     from longlora_cli.data import tokenizing
@@ -95,14 +112,15 @@ def pieces_of(inputs: Path, model: str) -> tuple[Any, Any, list[str]]:
 
 def run_raw(inputs: Path, model: str, folder: Path) -> dict[str, float]:
     """The tokenizer alone."""
-    _, encoder, pieces = pieces_of(inputs, model)
-    encoder.backend.encode_batch_fast(["A first text."], add_special_tokens=False)
+    tokenizer, _, pieces = pieces_of(inputs, model)
+    backend = tokenizer.backend_tokenizer
+    backend.encode_batch_fast(["A first text."], add_special_tokens=False)
 
     def work() -> int:
         tokens = 0
         for start in range(0, len(pieces), _RAW_PIECES):
             some = pieces[start : start + _RAW_PIECES]
-            tokens += sum(map(len, encoder.backend.encode_batch_fast(some, add_special_tokens=False)))
+            tokens += sum(map(len, backend.encode_batch_fast(some, add_special_tokens=False)))
         return tokens
 
     return timed(work)
@@ -135,6 +153,7 @@ def run_map(inputs: Path, model: str, folder: Path) -> dict[str, float]:
 STACKS: dict[str, Callable[[Path, str, Path], dict[str, float]]] = {
     "tokenizers-raw": run_raw,
     "longlora": run_longlora,
+    "longlora-command": run_command,
     "datasets-map": run_map,
 }
 
@@ -161,6 +180,7 @@ def cases(options: argparse.Namespace, folder: Path) -> list[tuple[str, str, Pat
         ("tokenizers-raw", FILES, options.books),
         ("longlora", FILES, options.books),
         ("longlora", ONE_FILE, single),
+        ("longlora-command", FILES, options.books),
         ("datasets-map", FILES, options.books),
     ]
     if options.megabytes:
@@ -197,7 +217,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[tuple[str, str], 
 def _line(stack: str, variant: str, figures: dict[str, float]) -> str:
     speed = figures["tokens"] / figures["seconds"]
     return (
-        f"{stack:15} {variant:20} {figures['tokens']:>12,.0f} tokens {figures['seconds']:8.2f} s "
+        f"{stack:16} {variant:20} {figures['tokens']:>12,.0f} tokens {figures['seconds']:8.2f} s "
         f"{speed:>10,.0f} tokens/s {figures['cpu_seconds']:8.2f} CPU s {figures['peak_bytes'] / GIB:6.2f} GiB"
     )
 
@@ -206,6 +226,7 @@ def ratios(found: dict[tuple[str, str], dict[str, float]]) -> Iterator[tuple[str
     """Name, ratio of speeds, and ratio of tokens by CPU time."""
     pairs = {
         "longlora / tokenizers-raw": (("longlora", FILES), ("tokenizers-raw", FILES)),
+        "longlora-command / tokenizers-raw": (("longlora-command", FILES), ("tokenizers-raw", FILES)),
         "longlora / datasets-map": (("longlora", FILES), ("datasets-map", FILES)),
         "one file / files": (("longlora", ONE_FILE), ("longlora", FILES)),
     }
@@ -284,7 +305,7 @@ def main(words: list[str] | None = None) -> None:
     for (stack, variant), figures in found.items():
         say(f"median   {_line(stack, variant, figures)}")
     for name, ratio, by_cpu in ratios(found):
-        say(f"{name:26} {ratio:5.2f} by time, {by_cpu:5.2f} by CPU time")
+        say(f"{name:34} {ratio:5.2f} by time, {by_cpu:5.2f} by CPU time")
     if options.rows:
         add_rows(rows_of(options, found), options.rows)
 

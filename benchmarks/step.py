@@ -88,6 +88,8 @@ def report(stack: str, m: Measured, peak_tflops: float) -> None:
         f"{m.peak_bytes / GIB:>6.2f} {told[1]:>7} {m.reserved_bytes / GIB:>6.2f} {host:>6.2f} "
         f"{told[2]:>7} {hardware:>7.1f} {model / peak_tflops:>6.1%} {m.loss:>7.4f}"
     )
+    if m.retries:
+        say(f"          the allocator gave blocks back {m.retries:,} times to find room")
     if m.plan:
         kept = "  ".join(
             f"{kind} {''.join(PLACES[layer.place(kind)] for layer in m.plan.layers)}" for kind in KINDS

@@ -138,6 +138,7 @@ class Measured:
     plan: MemoryPlan | None
     kernel: str
     embedding_bytes: int = 0
+    retries: int = 0  # times the allocator had to give blocks back to find room: each waits for the GPU
 
 
 def load_base(options: argparse.Namespace, device: torch.device, *, stack: str, quantized: bool) -> Any:
@@ -270,6 +271,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _retries(device: torch.device) -> int:
+    stats = torch.cuda.memory_stats(device) if device.type == "cuda" else {}
+    return int(stats.get("num_alloc_retries", 0))
+
+
 def measure(rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool = False) -> Measured:
     """Time steps of one length, after one of that length or, from 256K on or if asked for, of 8K.
 
@@ -289,7 +295,7 @@ def measure(rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool = F
         torch.cuda.reset_peak_memory_stats(rig.device)
     if rig.arena is not None:
         rig.arena.peak_bytes = rig.arena.used_bytes
-    seconds, loss = [], 0.0
+    seconds, loss, retries = [], 0.0, _retries(rig.device)
     for _ in range(steps or (1 if long else 3)):
         _wait(rig.device)
         begin = time.perf_counter()
@@ -307,6 +313,7 @@ def measure(rig: Rig, tokens: int, steps: int | None, *, short_warm_up: bool = F
         plan=plan,
         kernel=rig.kernel_name(tokens),
         embedding_bytes=rig.shape.embedding_bytes if rig.embedding == "host" else 0,
+        retries=_retries(rig.device) - retries,
     )
 
 

@@ -81,6 +81,12 @@ class PrepareConfig(Section):
     on_overlap: Literal["report", "drop", "error"] = setting(
         "report", "What to do with documents that overlap with --overlap-check."
     )
+    dedup: Literal["none", "exact", "near"] = setting(
+        "none", "Leave out documents that an earlier one is equal to, but for white space, or nearly equal."
+    )
+    dedup_threshold: float = setting(
+        0.8, "Share of 5-word runs that near duplicates have in common, of all that either has.", ge=0.5, le=1
+    )
     format: Literal[
         "auto", "messages", "sharegpt", "prompt", "outputs", "alpaca", "longbench", "questions", "text"
     ] = setting("auto", "What rows of JSON, tables and datasets are; auto finds it by their keys.")
@@ -103,6 +109,7 @@ class PrepareConfig(Section):
             raise ValueError("--stride and --overlap say the same: --stride is --max-length less --overlap")
         self.needs("overlap", self.overlap == 0 or self.on_long == "split", "only --on-long split overlaps")
         self.needs("on_overlap", bool(self.overlap_check), "no --overlap-check is asked for")
+        self.needs("dedup_threshold", self.dedup == "near", "only --dedup near compares by degree")
         for name in ("stride", "split_at"):
             self.needs(name, self.on_long == "split", "only --on-long split makes several pieces")
         self.needs(
@@ -163,10 +170,6 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-# Settings that read finished results, and those that go with each; no model is measured, so nothing else has an effect.
-_READ_RESULTS = {"rescore": ("scorer",)}
-
-
 class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
@@ -180,7 +183,10 @@ class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
         False, "Only write the samples of synthetic tasks, as .jsonl with RULER's fields; no model is loaded."
     )
     # None only where finished results are read; else the checks below refuse it.
-    out: Path = setting(None, "Folder to make; needed unless finished results are read.", short="-o")
+    out: Path = setting(None, "Folder to make; with --report the .html file.", short="-o")
+    report: Path | None = setting(
+        None, "Finished evaluation whose report is made anew from its results and samples; no model is read."
+    )
     data: Paths = setting(
         [],
         "ppl: texts; generate: .jsonl with input and outputs; benchmarks: their files or folders.",
@@ -199,16 +205,32 @@ class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
     )
     window: Length = setting(4096, "Perplexity: tokens of one window.", ge=2)
     stride: Length | None = setting(None, "Perplexity: tokens between windows; default: half a window.", ge=1)
+    bos: Literal["auto", "each", "first", "none"] = setting(
+        "auto",
+        "Perplexity: BOS in front of each window, of each text (first), or none; auto: as the tokenizer.",
+    )
+    docs: Literal["separate", "concat"] = setting(
+        "separate", "Perplexity: each text by itself, or all as one with an empty line between two."
+    )
+    short_context: Length | None = setting(
+        None, "Perplexity: score the curve's tokens with this context too; what the longer one gains.", ge=2
+    )
+    compat: Names = setting(
+        [], "Perplexity: beside the exact one those by the rules of longlora, hf-docs, lm-eval."
+    )
     max_tokens: Length | None = setting(None, "Perplexity: read at most this much of each text.", ge=2)
     metrics: Names = setting(["rouge", "f1", "exact_match", "accuracy"], "Scores of generate.")
-    max_samples: int | None = setting(
-        None, "At most this many rows of generate, and of each task of a benchmark.", ge=1
-    )
     max_new_tokens: int = setting(
         64, "Longest answer; of benchmarks only where given: each has its own.", ge=1
     )
     prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
+    effective_score: float = setting(
+        85.6, "Per cent that a length must score to count as effective; default: RULER's.", gt=0, le=100
+    )
+    compare: Path | None = setting(
+        None, "Finished evaluation to compare with, by paired tests; without --model, --out is finished too."
+    )
     rescore: Path | None = setting(
         None, "Score the finished predictions of this .jsonl or .csv instead; needs neither model nor --out."
     )
@@ -216,31 +238,41 @@ class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
         None, "How to score --rescore: a name such as longbench.qa_f1, a version after @ (docs/eval.md)."
     )
 
+    @property
+    def only_compares(self) -> bool:
+        """`out` and `compare` are two finished folders: nothing is measured or written."""
+        return self.compare is not None and not (self.given("model") or self.given("adapter"))
+
     def module(self, command: str) -> str:
-        """`eval_rescore` for --rescore, which starts without torch, and `eval_make` for --make, without a model."""
-        if self.make:
-            return "eval_make"
-        return "eval_rescore" if self.rescore is not None else command
+        """Settings that measure no model have modules of their own; they start without torch."""
+        if self.rescore is not None:
+            return "eval_rescore"
+        if self.report is not None:
+            return "eval_report"
+        if self.only_compares:
+            return "eval_compare"
+        return "eval_make" if self.make else command
+
+    @property
+    def measures(self) -> bool:
+        """A model is measured, or samples are made for one; else finished results are read."""
+        return self.rescore is None and self.report is None and not self.only_compares
 
     @model_validator(mode="after")
-    def _finished_results_or_a_model(self) -> EvalConfig:
-        for name, companions in _READ_RESULTS.items():
-            if getattr(self, name) is None:
-                for companion in companions:
-                    self.needs(companion, False, f"it belongs to --{name}")
-                continue
-            for other in type(self).model_fields:
-                matters = other in (name, *companions)
-                self.needs(other, matters, f"--{name} reads finished results and measures no model")
+    def _finished_results_are_read_alone(self) -> EvalConfig:
+        if self.rescore is not None:
+            self.allows_only("rescore", "scorer")
+            if self.scorer is None:
+                raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
             return self
+        self.needs("scorer", False, "it belongs to --rescore")
         if self.out is None:
             raise ValueError("--out is missing (Folder to make.)")
-        return self
-
-    @model_validator(mode="after")
-    def _rescore_names_its_scorer(self) -> EvalConfig:
-        if self.rescore is not None and self.scorer is None:
-            raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
+        if self.report is not None:
+            self.allows_only("report", "out")
+        elif self.only_compares:
+            for name in sorted(self.model_fields_set - {"out", "compare"}):
+                self.needs(name, False, "without --model, --out and --compare are two finished folders")
         return self
 
     @property
@@ -248,35 +280,21 @@ class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
         """The benchmarks that are read from files, or tasks of them, in the order asked for."""
         return [task for task in dict.fromkeys(self.tasks) if is_from_files(task)]
 
-    def _benchmarks_have_their_data(self, tasks: set[str]) -> None:
-        for name in ("truncate", "max_prompt", "prompts"):
-            self.needs(name, bool(self.file_tasks), "it belongs to benchmarks")
-        if not self.file_tasks:
-            return
-        if not self.data:
-            raise ValueError(f"--tasks {self.file_tasks[0]} needs --data FOLDER")
-        if others := sorted(tasks & {"ppl", "generate"}):
-            raise ValueError(
-                f"--tasks {others[0]} and {self.file_tasks[0]} read --data in different ways; ask for them separately"
-            )
-        if self.rope != "keep" and self.max_prompt is None:
-            raise ValueError("--rope changes how long a prompt may be; say it with --max-prompt")
-
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
-        if self.out is None:
+        if not self.measures:
             return self
         if fault := unknown_task(self.tasks):
             raise ValueError(fault)
         tasks = set(expand(self.tasks))
-        from_files = bool(self.file_tasks)
         others = [task for task in self.tasks if task in BUILT_IN or is_from_files(task)]
         if self.make and others:
             raise ValueError(f"--make writes samples of synthetic tasks, not of {', '.join(others)}")
-        self._benchmarks_have_their_data(tasks)
+        self.check_benchmarks(self.file_tasks, sorted(tasks & {"ppl", "generate"}), self.data, self.rope)
         grid = bool(tasks - {"ppl", "generate", *self.file_tasks})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):
             self.needs(name, grid, "it belongs to passkey, needle and synthetic tasks")
+        self.needs("effective_score", grid and not self.make, "it belongs to measured lengths")
         for name in ("needle_facts", "needle_wording"):
             self.needs(name, "needle" in tasks, "it belongs to needle")
         if "needle" in tasks and self.needle_facts < self.depths:
@@ -284,9 +302,17 @@ class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
+        return self
+
+    @model_validator(mode="after")
+    def _data_is_read_as_asked(self) -> EvalConfig:
+        if not self.measures:
+            return self
+        tasks = set(expand(self.tasks))
+        from_files = bool(self.file_tasks)
         asks = from_files or bool(tasks & {"passkey", "needle", "generate"})
         self.needs("max_new_tokens", asks, "it belongs to passkey, needle, generate and benchmarks")
-        for name in ("window", "stride", "max_tokens"):
+        for name in ("window", "stride", "max_tokens", "bos", "docs", "short_context", "compat"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
         self.needs("metrics", "generate" in tasks, "it belongs to generate")
         rows = from_files or "generate" in tasks
@@ -298,6 +324,12 @@ class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
             raise ValueError(
                 f"--stride {self.stride} is above --window {self.window}: tokens would be skipped"
             )
+        if self.short_context is not None and self.short_context >= self.window:
+            raise ValueError(
+                f"--short-context {self.short_context} is not below --window {self.window}: nothing is longer"
+            )
+        if unknown := set(self.compat) - {"longlora", "hf-docs", "lm-eval"}:
+            raise ValueError(f"--compat knows longlora, hf-docs, lm-eval; not {', '.join(sorted(unknown))}")
         return self
 
 

@@ -85,7 +85,7 @@ def _compare(out: Path, console: Console) -> None:
     lengths = zip(before["tasks"]["needle"]["lengths"], after["tasks"]["needle"]["lengths"], strict=True)
     shares = [(a["length"], f"{a['score']:.0%}", f"{b['score']:.0%}", a["n"]) for a, b in lengths]
     console.table("hidden facts found", ["context", "before", "after", "asked"], shares)
-    console.print(f"Heatmaps: {out / 'before' / 'plots'} and {out / 'after' / 'plots'}")
+    console.print(f"Reports: {out / 'before' / 'report.html'} and {out / 'after' / 'report.html'}")
 
 
 if __name__ == "__main__":

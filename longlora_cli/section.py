@@ -32,3 +32,8 @@ class Section(BaseModel):
         """Refuse a given setting that would have no effect."""
         if self.given(name) and not condition:
             raise ValueError(f"--{name.replace('_', '-')} has no effect here: {rule}")
+
+    def allows_only(self, mode: str, *others: str) -> None:
+        """Refuse every given setting but `others` and `mode`, which asks for something else than the usual work."""
+        for name in sorted(self.model_fields_set - {mode, *others}):
+            self.needs(name, False, f"--{mode.replace('_', '-')} reads a finished evaluation")

@@ -271,6 +271,7 @@ def test_prepare_and_its_rivals_make_tokens_of_the_same_books(load: Any, books: 
         assert all(figures[name] > 0 for name in ("seconds", "cpu_seconds", "peak_bytes"))
         tokens[stack] = figures["tokens"]
     # Prepare alone ends each of the two books with an end token.
+    assert tokens["longlora"] == tokens["longlora-command"]
     assert tokens["longlora"] - 2 == tokens["tokenizers-raw"] == tokens["datasets-map"] > 20_000
 
 
@@ -292,10 +293,12 @@ def test_medians_become_rows_and_ratios(load: Any, tmp_path: Path) -> None:
         ("tokenizers-raw", "files"): figures(9.0, 18.0),
         ("longlora", "files"): figures(10.0, 20.0),
         ("longlora", "one file"): figures(8.0, 20.0),
+        ("longlora-command", "files"): figures(12.5, 20.0),
         ("datasets-map", "files"): figures(20.0, 30.0),
     }
     assert list(prepare.ratios(found)) == [
         ("longlora / tokenizers-raw", 0.9, 0.9),
+        ("longlora-command / tokenizers-raw", 0.72, 0.9),
         ("longlora / datasets-map", 2.0, 1.5),
         ("one file / files", 1.25, 1.0),
     ]
@@ -309,7 +312,11 @@ def test_medians_become_rows_and_ratios(load: Any, tmp_path: Path) -> None:
         ("peak_host_gib", 1.0),
     ]
     table = [line for line in load("results").page(rows).splitlines() if "| longlora" in line]
-    assert table == ["|  | longlora (files) | 100 | 10 | 1 |", "|  | longlora (one file) | 125 | 8 | 1 |"]
+    assert table == [
+        "|  | longlora (files) | 100 | 10 | 1 |",
+        "|  | longlora (one file) | 125 | 8 | 1 |",
+        "|  | longlora-command (files) | 80 | 12.5 | 1 |",
+    ]
 
 
 def test_a_model_built_in_memory_is_quantized_and_computes_as_an_untrained_one(load: Any) -> None:

@@ -74,11 +74,18 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
         }
         write_lines(Path("benchmarks/passkey.jsonl"), [pass_key])
         write_lines(Path("choices.jsonl"), [{"question": "Which?", "choices": ["a", "b"], "answer": 1}])
+        row = {"prediction": "A test.", "references": ["A test."], "task": "hotpotqa"}
+        Path("predictions.jsonl").write_text(json.dumps(row) + "\n")
         shutil.copytree(tiny_model_folder, "smollm2")
         for name in ("data", "held-out"):
             assert run(f"longlora prepare note.txt --max-length 128 --out {name} --json") == 0
+        grid = "--tasks passkey --haystack noise --lengths 256 --depths 1 --samples 1 --max-new-tokens 2"
+        assert run(f"longlora eval {grid} --out report --json") == 0
         for name, seed in (("run", 0), ("run-a", 0), ("run-b", 1)):
             assert run(f"longlora train --data data --steps 1 --seed {seed} --out {name} --json") == 0
+        measure = "--tasks needle --haystack books --lengths 512 --depths 1 --samples 1 --max-new-tokens 2"
+        assert run(f"longlora eval --model builtin {measure} --out before --json") == 0
+        shutil.copytree("before", "after")
     finally:
         os.chdir(before)
     return folder
@@ -89,8 +96,10 @@ def as_in_workspace(line: str) -> list[str]:
     words = shlex.split(line)
     if words[1] == "train" and "--model" in words:
         words[words.index("--model") + 1] = "builtin"
-    if "--out" in words:
-        words[words.index("--out") + 1] = "somewhere-new"
+    compares = "--compare" in words and "--model" not in words  # its --out exists already
+    if "--out" in words and not compares:
+        place = words.index("--out") + 1
+        words[place] = "somewhere-new" + Path(words[place]).suffix
     return words
 
 
@@ -101,7 +110,7 @@ def test_every_command_line_in_docs_is_accepted(
     monkeypatch.chdir(workspace)
     code = run(shlex.join([*as_in_workspace(line), "--dry-run"]) if "--help" not in line else line)
     assert code == 0
-    assert not Path("somewhere-new").exists()
+    assert not list(Path().glob("somewhere-new*"))
 
 
 def test_docs_hold_all_five_commands() -> None:

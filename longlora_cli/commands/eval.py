@@ -12,26 +12,30 @@ from typing import Any
 import numpy as np
 
 from longlora_cli import __version__
+from longlora_cli.commands import eval_compare
 from longlora_cli.commands.eval_files import show_benchmarks
-from longlora_cli.commands.eval_tasks import show_tasks
+from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
 from longlora_cli.evaluation.answerer import SessionAnswerer
 from longlora_cli.evaluation.file_scores import score_benchmark
+from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
 from longlora_cli.evaluation.measure import (
     TaskResult,
     measure_generation,
     measure_grid,
-    measure_perplexity,
     model_identity,
     peak_bytes,
 )
 from longlora_cli.evaluation.measure_files import measure_file_task
+from longlora_cli.evaluation.measure_perplexity import measure_perplexity
 from longlora_cli.evaluation.measure_tasks import measure_task
+from longlora_cli.evaluation.perplexity_plan import work_tokens
 from longlora_cli.evaluation.plan import EvalPlan, make_plan
-from longlora_cli.evaluation.report import save_heatmap, save_position_curve
+from longlora_cli.evaluation.report.page import make_page
+from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
 from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
 from longlora_cli.models.loading import LoadedModel, load_model
@@ -50,9 +54,13 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         dry_run: Load the tokenizer only, check and count; write nothing.
 
     Returns:
-        The content of `results.json`, with `out`; for a dry run the counts of each task.
+        The content of `results.json`, with `out` and with `comparison` where there is one; for a dry run the counts of
+        each task.
     """
+    if config.only_compares:
+        return eval_compare.run(config, console, dry_run=dry_run)
     refuse_existing(config.out)
+    other = eval_compare.read_other(config)
     plan = make_plan(config, _load_tokenizer(config, console))
     if dry_run:
         return _show_counts(plan, console)
@@ -68,9 +76,14 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
             results: dict[str, Any] = {
                 "settings": config.model_dump(mode="json"),
                 "model": {"name": config.model, **identity},
+                "inputs": input_hashes(plan),
                 "versions": _versions(),
                 "tasks": {task: result.summary for task, result in found.items()},
-                "groups": score_groups(config.tasks, {task: r.summary for task, r in found.items()}),
+                "groups": score_groups(
+                    config.tasks,
+                    {task: result.summary for task, result in found.items()},
+                    threshold=config.effective_score / 100,
+                ),
                 "benchmarks": _benchmarks(plan, found),
                 "peak_bytes": peak_bytes(loaded),
                 "seconds": round(time.perf_counter() - started, 3),
@@ -87,9 +100,11 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     show_tasks(synthetic, results["groups"], console)
     show_benchmarks(results["benchmarks"], results["tasks"], console)
     console.print(
-        f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB)"
+        f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
+        f"open {config.out / 'report.html'} in a browser"
     )
-    return {**results, "out": str(config.out)}
+    compared = {} if other is None else {"comparison": eval_compare.compare(config.out, other, console)}
+    return {**results, "out": str(config.out), **compared}
 
 
 def _load_tokenizer(config: EvalConfig, console: Console) -> Any:
@@ -140,8 +155,7 @@ def _measure(
             with console.progress(f"{task} (questions)", plan.grid_count()) as advance:
                 found[task] = measure_task(task, answerer, plan, journal, identity, advance)
         elif task == "ppl":
-            total = sum(len(text.ids) - 1 for text in plan.texts)
-            with console.progress("ppl (tokens)", total) as advance:
+            with console.progress("ppl (tokens)", work_tokens(plan.config, plan.texts)) as advance:
                 found[task] = measure_perplexity(loaded, plan, journal, identity, advance)
         elif task == "generate":
             with console.progress("generate (rows)", len(plan.rows)) as advance:
@@ -180,6 +194,8 @@ def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskRe
                 np.save(staging / "nll.npy", np.concatenate(result.nll))
                 offsets = np.cumsum([0, *map(len, result.nll)], dtype=np.int64)
                 np.save(staging / "nll_offsets.npy", offsets)
+        page, _ = make_page(results, {task: result.rows for task, result in found.items()})
+        write_text(staging / "report.html", page)
 
 
 def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) -> None:
@@ -190,20 +206,61 @@ def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) ->
 
 
 def _show_perplexity(summary: dict[str, Any], console: Console) -> None:
+    short = summary.get("short_context")
     console.table(
         f"Perplexity by tokens of context ({summary['curve_windows']} {summary['curve_source']})",
-        ["context", "tokens", "perplexity", "95 %"],
+        ["context", "tokens", "perplexity", "95 %"] + ([f"at {short:,}", "gain", "95 %"] if short else []),
         [
             [f"{b['from']:,} to {b['to']:,}", b["n"], b["perplexity"], _interval(b["ci95"], "{:.4g}")]
+            + (
+                [b["short_perplexity"], f"{b['gain']:.4f}", _interval(b["gain_ci95"], "{:.4f}")]
+                if short
+                else []
+            )
             for b in summary["by_position"]
         ],
     )
+    if short:
+        _show_gain(summary["gain"], short, console)
+    if "compat" in summary:
+        _show_peers(summary, console)
     interval = _interval(summary["ci95"], "{:.4g}")
     console.print(
-        f"perplexity {summary['perplexity']:.4g}{interval and ' ' + interval}, n={summary['n']:,} tokens, "
-        f"{summary['texts']} texts; mean of texts {summary['perplexity_macro']:.4g}; "
-        f"{summary['bits_per_byte']:.4f} bits per byte"
+        f"perplexity {_number(summary['perplexity'])}{interval and ' ' + interval}, n={summary['n']:,} tokens, "
+        f"{summary['texts']} texts; mean of texts {_number(summary['perplexity_macro'])}; per word "
+        f"{_number(summary['word_perplexity'])}; {summary['bits_per_byte']:.4f} bits per byte"
     )
+
+
+def _show_gain(gain: dict[str, Any], short: int, console: Console) -> None:
+    parts = [("all", gain), (f"with {short:,} tokens of context and more", gain["beyond"])]
+    for name, part in parts:
+        if part["gain"] is not None:
+            interval = _interval(part["gain_ci95"], "{:.4f}")
+            console.print(f"gain of tokens {name}: {part['gain']:.4f} nats {interval}, n={part['n']:,}")
+
+
+def _show_peers(summary: dict[str, Any], console: Console) -> None:
+    rows = [("exact", summary), *summary["compat"].items()]
+    console.table(
+        "Perplexity by other programs' rules, for comparison with their numbers",
+        ["rule", "perplexity", "per word", "per byte", "bits per byte", "losses"],
+        [
+            [
+                name,
+                *(
+                    _number(found[key]) if key in found else ""
+                    for key in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+                ),
+                found["n"],
+            ]
+            for name, found in rows
+        ],
+    )
+
+
+def _number(value: float | None) -> str:
+    return "above 1e307" if value is None else f"{value:.4g}"
 
 
 def _show_grid(summary: dict[str, Any], console: Console) -> None:
@@ -222,8 +279,9 @@ def _show_grid(summary: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"{100 * summary['score']:.0f} % right {_interval([100 * v for v in summary['ci95']], '{:.0f}')}, "
-        f"{100 * summary['contains']:.0f} % contain the answer, n={summary['n']}"
+        f"{100 * summary['contains']:.0f} % contain the answer, n={summary['n']} in {summary['samples']} texts"
     )
+    show_effective_length(summary, console)
 
 
 def _show_generation(summary: dict[str, Any], console: Console) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longlora_cli.console import Console
+from longlora_cli.evaluation.effective_length import tokens
 
 
 def show_tasks(
@@ -36,10 +37,21 @@ def show_tasks(
             f"{name}: mean of {len(group['tasks'])} tasks {100 * group['score']:.1f}, weighted to long lengths "
             f"{100 * group['wavg_inc']:.1f}, to short ones {100 * group['wavg_dec']:.1f}"
         )
+        show_effective_length(group, console, f"{name}: ")
     cut = {name: summary["cut"] for name, summary in summaries.items() if summary["cut"]}
     if cut:
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in cut.items())
         console.print(f"answers that ended at their limit: {shares}")
+
+
+def show_effective_length(summary: Mapping[str, Any], console: Console, name: str = "") -> None:
+    """Print it by both rules; nothing for a task of one length."""
+    rules = {"ruler": "{threshold:.1f} % right", "nolima": "85 % of the {base:.1f} % at {base_length}"}
+    for rule, needed in rules.items() if "effective_length" in summary else ():
+        found = summary["effective_length"][rule]
+        numbers = {"threshold": 100 * found["threshold"], "base": 100 * found.get("base", 0.0)}
+        wanted = needed.format(**numbers, base_length=tokens(found.get("base_length", 0)))
+        console.print(f"{name}effective length ({wanted}): {found['text']}")
 
 
 def _cell(part: Mapping[str, Any]) -> str:

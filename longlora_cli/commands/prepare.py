@@ -12,6 +12,7 @@ from typing import Any
 
 from longlora_cli.commands.prepare_again import MADE_FROM, identity, made_before, with_content, with_dates
 from longlora_cli.commands.prepare_continue import continued
+from longlora_cli.commands.prepare_duplicates import Deduplicated
 from longlora_cli.commands.prepare_inputs import Mixture, Texts, watched
 from longlora_cli.commands.prepare_overlap import OverlapWatch
 from longlora_cli.commands.prepare_show import Samples, show_samples
@@ -24,9 +25,10 @@ from longlora_cli.data.chunk_cost import ChunkCost, chunk_cost
 from longlora_cli.data.chunking import Cutter
 from longlora_cli.data.dataset import ChunkDataset, ChunkWriter
 from longlora_cli.data.documents import Source, find_sources
+from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.kept_tokens import KeptTokens
 from longlora_cli.data.ordering import GROUP
-from longlora_cli.data.plots import save_lengths
+from longlora_cli.data.plots import load_library, save_lengths
 from longlora_cli.data.preparation import Preparation, length_histogram
 from longlora_cli.data.samples import sampled_chunks
 from longlora_cli.data.tokenizing import tokenize
@@ -59,17 +61,19 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
     if is_artifact(config.out, "dataset"):
         before = made_before(config.out, with_content(identity(config, tokenizer), [*sources, *asked]))
         return _unchanged(before, config, tokenizer, console, dry_run=dry_run)
-    mixture = Mixture(sources, tokenizer, config, console)
+    once = Deduplicated(sources, config, console)
+    mixture = Mixture(once.sources, tokenizer, config, console)
     cutter = _cutter(config, tokenizer)
+    safe_encoder(tokenizer)  # made before the thread begins, with which it would share Python's lock
     meta: dict[str, Any] = {}
     overlap = OverlapWatch.of(config, asked)
     with ExitStack() as stack:
-        hashes = stack.enter_context(ThreadPoolExecutor(1))  # of files and tokenizer, while texts are read
+        hashes = stack.enter_context(ThreadPoolExecutor(1))  # and a picture, beside reading and writing
         begun = hashes.submit(identity, config, tokenizer)
         key = hashes.submit(lambda: with_dates(begun.result(), [*sources, *asked]))
         size_bytes = mixture.size_bytes
         kept = None if dry_run else stack.enter_context(continued(config.out, key, size_bytes, console))
-        writer = None if dry_run else stack.enter_context(_writing(config.out, meta))
+        writer = None if dry_run else stack.enter_context(_writing(config.out, meta, hashes))
         origin = hashes.submit(lambda: with_content(begun.result(), [*sources, *asked]))
         # A dry run that shows chunks has to hold their tokens somewhere: in a file without a name, gone at the end.
         spool = writer.folder if writer else Path(tempfile.gettempdir()) if config.show else None
@@ -79,20 +83,18 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         cost = chunk_cost(config.model)
         layout = preparation.layout(cost, packed=config.pack, seed=config.seed)
         summary = _summary(preparation, layout, cost, config, chats_wanted)
-        summary |= {"mixture": mixture.rows(), "formats": formats, **overlap.facts()}
+        summary |= {"mixture": mixture.rows(), "formats": formats, **once.facts(), **overlap.facts()}
         if writer is not None:
-            meta |= {key: value for key, value in summary.items() if key != "out"}
-            meta |= _origin(config, begun.result(), origin.result())
-            preparation.write(layout, writer)
-            save_lengths(writer.folder / "lengths.png", *writer.documents())
+            meta |= summary | _origin(config, begun.result(), origin.result())
+            del meta["out"]
+            _write(preparation, layout, writer, hashes)
         samples = Samples(sampled_chunks(len(layout), config.show, config.seed))
         if samples.wanted:
             preparation.write([layout[index] for index in samples.wanted], samples)
         preparation.close()
     seconds = time.monotonic() - started  # not in the manifest, which is the same whenever it is made
     summary |= {"seconds": seconds, "tokens_per_second": summary["tokens_read"] / seconds}
-    _show(summary, console, dry_run)
-    overlap.show(console)
+    _show(summary, console, dry_run, [once, overlap])
     if samples.wanted:
         show_samples(samples, len(layout), tokenizer, console)
     return summary | {"unchanged": False, "dry_run": dry_run}
@@ -110,9 +112,23 @@ def _tokenizer(config: PrepareConfig, *, has_chats: bool) -> Any:
     return tokenizer
 
 
-def _writing(out: Path, meta: dict[str, Any]) -> AbstractContextManager[ChunkWriter]:
+def _writing(
+    out: Path, meta: dict[str, Any], beside: ThreadPoolExecutor
+) -> AbstractContextManager[ChunkWriter]:
     """The output, made where tokens are kept: all that a killed process leaves is in one place."""
+    beside.submit(load_library)
     return ChunkDataset.writing(out, meta, inside=workspace_of(out))
+
+
+def _write(
+    preparation: Preparation, layout: list[list[int]], writer: ChunkWriter, beside: ThreadPoolExecutor
+) -> None:
+    """Write the chunks and draw their picture, at the same time."""
+    picture = beside.submit(
+        save_lengths, writer.folder / "lengths.png", preparation.lengths, preparation.learnt
+    )
+    preparation.write(layout, writer)
+    picture.result()
 
 
 def _origin(config: PrepareConfig, begun: dict[str, str], origin: dict[str, str] | None) -> dict[str, Any]:
@@ -155,7 +171,9 @@ def _read(
     texts = Texts(keep=bool(chats_wanted))
     with console.progress("Reading, bytes", mixture.size_bytes or None) as advance:
         documents = watched(mixture.read(overlap.keeps), texts, advance)
-        for document in mixture.counted(tokenize(documents, tokenizer, labels=config.labels, kept=kept)):
+        spool = kept.folder if kept else Path(tempfile.gettempdir())
+        tokenized = tokenize(documents, tokenizer, labels=config.labels, kept=kept, spool=spool)
+        for document in mixture.counted(tokenized):
             preparation.add(document)
     if chats_wanted:
         with console.progress("Synthetic chats", sum(chats_wanted.values())) as advance:
@@ -200,7 +218,7 @@ def _summary(
         "synthetic_tasks": synthetic,
         "chunks": len(layout),
         "tokens": tokens,
-        "trained_tokens": preparation.trained_tokens,
+        "trained_tokens": int(preparation.learnt.sum()),
         "max_length": config.max_length,
         "longest_chunk": max(int(lengths[chunk].sum()) for chunk in layout),
         "fill": tokens / (len(layout) * config.max_length),
@@ -210,7 +228,9 @@ def _summary(
     }
 
 
-def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
+def _show(
+    summary: dict[str, Any], console: Console, dry_run: bool, more: list[Deduplicated | OverlapWatch]
+) -> None:
     trained = summary["trained_tokens"] / summary["tokens"]
     tasks = summary["synthetic_tasks"]
     rows = [
@@ -256,6 +276,8 @@ def _show(summary: dict[str, Any], console: Console, dry_run: bool) -> None:
     for row in summary["histogram"]:
         console.print(f"  up to {row['up_to']:>11,} {row['pieces']:>11,} {_bar(row['pieces'] / most)}")
     console.print("Nothing was written (--dry-run)." if dry_run else f"Wrote {summary['out']}.")
+    for part in more:
+        part.show(console)
 
 
 def _bar(share: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ _NO_PART = {"out", "show"}
 def identity(config: PrepareConfig, tokenizer: Any) -> dict[str, str]:
     """What prepared data depend on beside the inputs, a hash or value by name."""
     settings = config.model_dump(mode="json", exclude=_NO_PART)
-    return {
+    # Another version of the library may find others: 0.5 did.
+    finder = {"rensa, which finds near duplicates": version("rensa")} if config.dedup == "near" else {}
+    return finder | {
         "version": __version__,
         "settings": _sha256(json.dumps(settings, sort_keys=True)),
         "tokenizer": tokenizer_sha256(tokenizer),

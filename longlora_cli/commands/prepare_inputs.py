@@ -60,6 +60,7 @@ class Mixture:
             for document in filter(keeps, read_documents([source], seed=self._seed)):
                 self._origins.append(number)
                 yield document
+                del document
 
     def counted(self, documents: Iterable[TokenizedDocument]) -> Iterator[TokenizedDocument]:
         """The documents of `read`, tokenized and in the same order; their tokens are added to their inputs."""
@@ -121,3 +122,4 @@ def watched(documents: Iterable[Document], texts: Texts, advance: Advance) -> It
             texts.add(document.content)
         advance(document.size_bytes)
         yield document
+        del document  # a long text goes before the next one is read

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from longlora_cli.data.chunk import Int32
+from longlora_cli.data.token_file import Ids
 
 Boundary = Literal["chapter", "paragraph", "sentence", "token"]
 ORDER: tuple[Boundary, ...] = ("chapter", "paragraph", "sentence", "token")
@@ -71,7 +72,7 @@ class Boundaries:
         self._spelt = _spelling(tokenizer)
         self._sizes = np.array([len(text) for text in self._spelt], dtype=np.int64)
 
-    def last(self, ids: Int32, first: int, limit: int, wanted: Boundary) -> tuple[int, Boundary]:
+    def last(self, ids: Ids, first: int, limit: int, wanted: Boundary) -> tuple[int, Boundary]:
         """The last place up to `limit` where a part of the wanted kind begins, or else of the next weaker kind.
 
         Args:
@@ -95,7 +96,7 @@ class Boundaries:
                 return found[place] + start, kind
         return limit, "token"
 
-    def first(self, ids: Int32, first: int, limit: int) -> int:
+    def first(self, ids: Ids, first: int, limit: int) -> int:
         """The first place in `first ... limit - 1` where a paragraph begins, or else a sentence; else `first`."""
         start = max(first - 1, 0)
         text, offsets = self._text(ids[start : limit + 1])

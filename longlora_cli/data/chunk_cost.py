@@ -104,8 +104,6 @@ def _sizes(model: str) -> dict[str, Any] | None:
 
 
 def _config(model: str) -> dict[str, Any]:
-    from transformers import PretrainedConfig
-
     import longlora_cli.models.source as source
 
     folder = Path(source.__file__).parent / BUILTIN if model == BUILTIN else Path(model)
@@ -116,6 +114,8 @@ def _config(model: str) -> dict[str, Any]:
         if folder.is_dir():
             found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         else:
+            from transformers import PretrainedConfig  # imports torch
+
             found, _ = PretrainedConfig.get_config_dict(model)
     except (OSError, ValueError):  # none there, or not JSON: whoever loads the model tells
         return {}

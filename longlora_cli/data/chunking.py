@@ -10,6 +10,7 @@ import numpy as np
 
 from longlora_cli.data.boundaries import Boundaries, Boundary
 from longlora_cli.data.chunk import IGNORE, Int32
+from longlora_cli.data.token_file import Ids
 from longlora_cli.errors import DataError
 
 OnLong = Literal["split", "truncate", "truncate-left", "truncate-middle", "drop", "error"]
@@ -25,13 +26,13 @@ class TokenizedDocument:
         source: Where it comes from.
         is_chat: Chats are never split or truncated.
         ids: int32 `[tokens]`.
-        labels: int32 `[tokens]`, `IGNORE` where nothing is learnt.
+        labels: int32 `[tokens]`, `IGNORE` where nothing is learnt; None where all but the first token is.
     """
 
     source: str
     is_chat: bool
-    ids: Int32
-    labels: Int32
+    ids: Ids
+    labels: Int32 | None
 
 
 @dataclass
@@ -152,7 +153,7 @@ class Cutter:
             return [[(0, self.max_length - tail), (tokens - tail, tokens)]]
         return self._split(document.ids, counts)
 
-    def _split(self, ids: Int32, counts: Counts) -> list[Spans]:
+    def _split(self, ids: Ids, counts: Counts) -> list[Spans]:
         pieces: list[Spans] = []
         start = 0
         while len(ids) - start > self.max_length:
@@ -175,7 +176,8 @@ def _size(spans: Spans) -> int:
 def _piece(document: TokenizedDocument, spans: Spans, shared: int) -> tuple[Int32, Int32]:
     """Ids and labels of a piece, the first `shared` labels masked."""
     ids = np.concatenate([document.ids[start:end] for start, end in spans])
-    labels = np.concatenate([document.labels[start:end] for start, end in spans])
+    learnt = document.labels
+    labels = ids.copy() if learnt is None else np.concatenate([learnt[start:end] for start, end in spans])
     labels[:shared] = IGNORE
     labels[np.cumsum([0, *(end - start for start, end in spans[:-1])])] = IGNORE
     return ids, labels

@@ -44,7 +44,6 @@ class ChunkWriter:
         self._shard_tokens = 0
         self._shards = 0
         self._writer: Any = None
-        self._documents: list[tuple[Int32, Int32]] = []
         self._sums = {"chunks": 0, "tokens": 0, "trained_tokens": 0, "longest_chunk": 0}
 
     def add(self, input_ids: Int32, labels: Int32, document_lengths: Int32) -> None:
@@ -58,18 +57,12 @@ class ChunkWriter:
             raise ValueError(f"{tokens} ids, {len(labels)} labels, document lengths {document_lengths}")
         self._rows.append((input_ids, labels, document_lengths))
         self._row_tokens += tokens
-        self._documents.append((document_lengths, _learnt_of_each(labels, document_lengths)))
         self._sums["chunks"] += 1
         self._sums["tokens"] += tokens
         self._sums["trained_tokens"] += int(np.count_nonzero(np.asarray(labels) != IGNORE))
         self._sums["longest_chunk"] = max(self._sums["longest_chunk"], tokens)
         if self._row_tokens >= _BATCH_TOKENS:
             self._flush()
-
-    def documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of each document written so far, and how many of them are learnt, int64 `[documents]` each."""
-        lengths, learnt = (np.concatenate(parts) for parts in zip(*self._documents, strict=True))
-        return lengths.astype(np.int64), learnt.astype(np.int64)
 
     def close(self) -> None:
         """Write what is buffered and complete `meta`."""
@@ -97,17 +90,16 @@ class ChunkWriter:
             self._writer, self._shard_tokens = None, 0
 
 
-def _learnt_of_each(labels: Int32, document_lengths: Int32) -> Int32:
-    starts = np.cumsum(document_lengths) - document_lengths
-    counts: Int32 = np.add.reduceat(np.asarray(labels) != IGNORE, starts, dtype=np.int32)
-    return counts
-
-
 def _list_array(rows: list[Int32]) -> pa.ListArray:
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     values = np.concatenate(rows).astype(np.int32, copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return pa.ListArray.from_arrays(_int32_array(offsets), _int32_array(values))
+
+
+def _int32_array(values: Int32) -> pa.Int32Array:
+    """The same memory as an Arrow array; not by `pa.array`, which imports pandas to ask whether this is one of its."""
+    return pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 class ChunkDataset:

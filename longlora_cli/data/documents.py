@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -41,7 +42,10 @@ def _read(source: Source, number: int, seed: int) -> Iterator[Document]:
     if source.sample is None:
         yield from source.read()
         return
-    count = sum(1 for _ in source.read())
+    count = 0
+    for document in source.read():
+        count += 1
+        del document  # a long text goes before the next one is read
     if source.sample > count:
         raise DataError(
             f"{source.name}[{source.sample}]: there are only {count} documents",
@@ -49,7 +53,11 @@ def _read(source: Source, number: int, seed: int) -> Iterator[Document]:
         )
     rng = random.Random(f"{seed}:sample:{number}")
     chosen = set(rng.sample(range(count), source.sample))
-    yield from (document for index, document in enumerate(source.read()) if index in chosen)
+    places = itertools.count()  # not enumerate, which would hold it
+    for document in source.read():
+        if next(places) in chosen:
+            yield document
+        del document
 
 
 @dataclass(frozen=True)
@@ -109,11 +117,13 @@ def _token_sizes(source: Source, number: int, seed: int, count_tokens: CountToke
     rng = random.Random(f"{seed}:probe:{number}")
     sizes: list[int] = []
     probed: list[Document] = []
-    for index, document in enumerate(_read(source, number, seed)):
+    for document in _read(source, number, seed):
+        index = len(sizes)
         sizes.append(_text_bytes(document))
         place = index if index < _PROBED else rng.randrange(index + 1)  # a reservoir: each with equal chance
         if place < _PROBED:
             probed[place : place + 1] = [_beginning(document)]
+        del document
     counted = sum(count_tokens(probed))
     return np.array(sizes, dtype=np.float64) * (counted / sum(map(_text_bytes, probed)))
 
@@ -131,9 +141,11 @@ def _choose(sizes: np.ndarray, budget: float, seed: str) -> np.ndarray:
 
 
 def _read_chosen(source: Source, number: int, seed: int, chosen: np.ndarray) -> Iterator[Document]:
-    for index, document in enumerate(_read(source, number, seed)):
-        if chosen[index]:
+    is_chosen = iter(chosen)
+    for document in _read(source, number, seed):
+        if next(is_chosen):
             yield document
+        del document
 
 
 def _beginning(document: Document) -> Document:

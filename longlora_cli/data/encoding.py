@@ -9,12 +9,9 @@ renderer) can write a special token.
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +21,11 @@ from tokenizers import Encoding, Tokenizer
 
 from longlora_cli.data.seams import Seams
 from longlora_cli.errors import DataError
+from longlora_cli.models.tokenizer import collector_paused
+
+# Of 46 MB of novels, with 50,000 words remembered rather than the first 10,000: 8 % less CPU time in one thread and 4 %
+# in two, the same with 120,000. A word takes some 150 bytes.
+_CACHED_WORDS = 50_000
 
 
 class SafeEncoder:
@@ -37,7 +39,7 @@ class SafeEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        with _collector_paused():
+        with collector_paused():
             self._build(tokenizer)
 
     def _build(self, tokenizer: Any) -> None:
@@ -58,12 +60,13 @@ class SafeEncoder:
             None  # it trims offsets, and its tokens are added by `begin` and `end` instead
         )
         state["padding"] = state["truncation"] = None
-        self.backend = Tokenizer.from_str(json.dumps(state))
+        self.backend = _with_larger_cache(Tokenizer.from_str(json.dumps(state, ensure_ascii=False)))
         moved = [n for n, i in self._special.items() if self.backend.token_to_id(self._secret[n]) != i]
         if moved:
             raise DataError(f"the tokenizer gives its special token {moved[0]} another id when it is copied")
         self.seams = Seams(state, self.backend)
-        self._inner = Tokenizer.from_str(self.seams.inner) if self.seams.inner else self.backend
+        inner = self.seams.inner
+        self._inner = _with_larger_cache(Tokenizer.from_str(inner)) if inner else self.backend
         self.special_ids = frozenset(self._special.values())
         self.begin, self.end = _frame(tokenizer)
 
@@ -114,18 +117,12 @@ class SafeEncoder:
         return np.array(encoding.ids, dtype=np.int32)
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without Python's collector, which would walk through all of torch again and again while a vocabulary's lists are
-    made: 0.2 s instead of 0.5 s for 49,152 tokens.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _with_larger_cache(backend: Tokenizer) -> Tokenizer:
+    """The same tokenizer; its model remembers the ids of more words than the 10,000 that come first."""
+    resize = getattr(backend.model, "_resize_cache", None)  # BPE and Unigram have one
+    if resize is not None:
+        resize(_CACHED_WORDS)
+    return backend
 
 
 def _rename_in_model(model: dict[str, Any], secret: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import random
 import re
@@ -92,6 +93,14 @@ class Haystack:
         self._ends = list(itertools.accumulate(len(text) for text in self._texts))
         self._sentences: dict[int, list[Sentence]] = {}
         self._counts: WeakKeyDictionary[Any, dict[tuple[int, int], int]] = WeakKeyDictionary()
+
+    @property
+    def sha256(self) -> str:
+        """Of its texts, in their order, in hex."""
+        digest = hashlib.sha256()
+        for text in self._texts:
+            digest.update(hashlib.sha256(text.encode()).digest())  # so that where a text ends counts too
+        return digest.hexdigest()
 
     def sentences(self, rng: random.Random) -> Iterator[Sentence]:
         """Sentences without end, from a random one on.

@@ -48,13 +48,14 @@ class KeptTokens:
         key: What ids depend on besides their text, by name; waited for only when it is needed.
 
     Attributes:
+        folder: The folder.
         replaced: Names of the key's parts that differ from those of tokens found there, which were removed.
         found: How much was found.
         damaged: Files that were found, did not verify, and were made again.
     """
 
     def __init__(self, folder: Path, key: Future[dict[str, Any]]) -> None:
-        self._folder = folder
+        self.folder = folder
         self._key = key
         self._writing, self._key_written = Lock(), False
         self.replaced: list[str] = []
@@ -63,12 +64,12 @@ class KeptTokens:
         self.found = self.amount()
 
     def _files(self) -> Iterator[Path]:
-        return self._folder.glob(f"*{_SUFFIX}")
+        return self.folder.glob(f"*{_SUFFIX}")
 
     def _clean(self) -> None:
         if next(self._files(), None) is None:
             return
-        before = _read_key(self._folder / _KEY)
+        before = _read_key(self.folder / _KEY)
         now = self._key.result()
         self.replaced = [name for name in now if before.get(name) != now[name]]
         if self.replaced:
@@ -87,7 +88,7 @@ class KeptTokens:
             name: SHA-256 of what the tokens were made from.
             items: How many pieces and chats it has.
         """
-        path = self._folder / (name.hex() + _SUFFIX)
+        path = self.folder / (name.hex() + _SUFFIX)
         try:
             content = bytearray(path.read_bytes())
         except FileNotFoundError:
@@ -110,13 +111,13 @@ class KeptTokens:
         header = _HEADER.pack(bytes(32), name, input_bytes, count, len(tokens))[32:]
         digest = hashlib.sha256(header)
         digest.update(body.data)
-        commit_bytes(self._folder / (name.hex() + _SUFFIX), [digest.digest(), header, body.data])
+        commit_bytes(self.folder / (name.hex() + _SUFFIX), [digest.digest(), header, body.data])
 
     def _write_key(self) -> None:
         """Before any tokens, and not before the key is known: its hashes are computed while texts are tokenized."""
         with self._writing:
             if not self._key_written:
-                write_json(self._folder / _KEY, self._key.result())
+                write_json(self.folder / _KEY, self._key.result())
                 self._key_written = True
 
 

@@ -12,11 +12,9 @@ chunks reads what two processes read.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Sampler
 
 GROUP = 8
 """Processes for which `prepare` tells the balance."""
@@ -49,26 +47,3 @@ def cost_balance(costs: npt.NDArray[np.float64], group: int = GROUP) -> float:
     groups = [costs[start : start + group] for start in range(0, len(costs), group)]
     taken = sum(len(chunks) * float(chunks.max()) for chunks in groups)
     return float(costs.sum()) / taken if taken else 1.0
-
-
-class StepSampler(Sampler[int]):
-    """`reading_order` for a `DataLoader`; every process makes the same one.
-
-    Args:
-        costs: Cost of each chunk, `[chunks]`.
-        seed: Of the order.
-        step_chunks: Chunks of an optimizer step, over all processes and micro-batches.
-        epoch: Says which pass begins. It is asked rather than told, because a data loader that skips what a run
-            read before it was interrupted does not pass `set_epoch` on in several processes (accelerate 1.15).
-    """
-
-    def __init__(
-        self, costs: npt.NDArray[np.float64], seed: int, step_chunks: int, epoch: Callable[[], int]
-    ) -> None:
-        self.costs, self.seed, self.step_chunks, self.epoch = costs, seed, step_chunks, epoch
-
-    def __len__(self) -> int:
-        return len(self.costs)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(reading_order(self.costs, self.seed, self.epoch(), self.step_chunks))

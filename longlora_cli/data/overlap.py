@@ -17,7 +17,8 @@ from longlora_cli.errors import DataError
 
 RUN_WORDS = 13
 _EAST_ASIAN = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
-_WORD = re.compile(f"[{_EAST_ASIAN}]|[^\\W_{_EAST_ASIAN}]+")
+WORD = re.compile(f"[{_EAST_ASIAN}]|[^\\W_{_EAST_ASIAN}]+")
+"""A word of lower-cased text, or a Chinese, Japanese or Korean character."""
 # Odd, so that no word's place is lost modulo 2^64.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _UNKNOWN = -1  # a word that the evaluation data lack: no run with it can be there
@@ -54,14 +55,14 @@ class OverlapCheck:
 
     def _learn(self, text: str) -> Numbers:
         numbers = self._numbers
-        words = _WORD.findall(text.lower())
+        words = WORD.findall(text.lower())
         return np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64, len(words))
 
     def shared(self, texts: Iterable[str]) -> tuple[int, int]:
         """How many runs of 13 words of some texts are in the evaluation data, and how many they have."""
         found = total = 0
         for text in texts:
-            words = _WORD.findall(text.lower())
+            words = WORD.findall(text.lower())
             numbers = np.fromiter((self._numbers.get(w, _UNKNOWN) for w in words), np.int64, len(words))
             total += max(len(words) - RUN_WORDS + 1, 0)
             for start in range(0, len(numbers), _WINDOWS_AT_ONCE):

@@ -87,6 +87,11 @@ class Seams:
             normal = backend.normalizer.normalize_str
             self._tokens += [token | {"content": normal(token["content"])} for token in self._tokens]
 
+    @property
+    def are_known(self) -> bool:
+        """Whether there are places to cut at all; else the tokenizer has a step of which nothing is proven."""
+        return self._steps is not None
+
     def cuts(self, text: str, characters: int) -> list[int]:
         """Places to cut, rising: each the first exact one at least so many characters after the one before."""
         places: list[int] = []

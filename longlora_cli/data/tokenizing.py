@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,16 +19,19 @@ from longlora_cli.data.chunking import TokenizedDocument
 from longlora_cli.data.documents import Document
 from longlora_cli.data.encoding import SafeEncoder, safe_encoder
 from longlora_cli.data.kept_tokens import KeptTokens, Tokens
+from longlora_cli.data.token_file import FileIds, Ids, JoinedIds
 from longlora_cli.errors import DataError
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# Encoding a group holds about 150 bytes a token beside its ids: 1M characters are some 40 MB.
-_GROUP_CHARACTERS = 1 << 20
+# Encoding a group holds about 150 bytes a token beside its ids, and a byte is a token at most: 160 MB for 1 MiB.
+_GROUP_BYTES = 1 << 20
 _GROUP_DOCUMENTS = 4096
 # A piece that one core encodes in about 0.01 s, so that cores finish together.
 _PIECE_CHARACTERS = 1 << 15
+# A stretch without a place to cut is encoded whole: so many bytes of it take 0.6 GB.
+_MOST_PIECE_BYTES = 1 << 22
 # Two groups at once: while one ends with a core to spare, or its ids become arrays, the other keeps the cores busy.
 # One more waits, so that the reader can fall behind a little.
 _THREADS, _AHEAD = 2, 3
@@ -39,6 +43,7 @@ def tokenize(
     *,
     labels: Labels,
     kept: KeptTokens | None = None,
+    spool: Path | None = None,
 ) -> Iterator[TokenizedDocument]:
     """Tokenize documents in order.
 
@@ -51,63 +56,98 @@ def tokenize(
         tokenizer: A fast tokenizer.
         labels: For chats: what is learnt of them; see `render_chats`.
         kept: Where tokens are kept for a process that continues this one's work, and taken from.
+        spool: Where the ids of a text of more than 4 million tokens wait, in a file without a name, until the next
+            document is asked for; None holds them in memory.
 
     Raises:
-        DataError: A chat and no template, or a chat that the template refuses; the message names its source.
+        DataError: A chat and no template, a chat that the template refuses, or a text with 4 MiB in which the
+            tokenizer can be cut nowhere; the message names its source.
     """
     encoder = safe_encoder(tokenizer)
     begin, end = _frame(encoder, tokenizer)
-    pieces: list[Int32] = []
 
     def finish(group: list[_Work]) -> list[Tokens]:
         texts = iter(encoder.encode_pieces([(w.piece, w.begins) for w in group if w.piece is not None]))
-        chats = iter(_render(tokenizer, [w.document for w in group if w.piece is None], labels))
+        chats = iter(_render(tokenizer, [w.chat for w in group if w.chat is not None], labels))
         return [next(chats) if w.piece is None else (next(texts), None) for w in group]
 
-    for work, (ids, learnt) in _in_threads(_keeping(finish, kept), _groups(_works(encoder, documents))):
-        if work.piece is not None:
-            pieces.append(ids)
-            if not work.ends:
+    with JoinedIds(spool) as joined:
+        for work, (ids, learnt) in _in_threads(_keeping(finish, kept), _groups(_works(encoder, documents))):
+            if work.piece is None:
+                yield TokenizedDocument(work.source, True, ids, learnt)
                 continue
-            ids, pieces = np.concatenate([begin, *pieces, end]), []
-        if learnt is None:
-            learnt = ids.copy()
-            learnt[:1] = IGNORE
-        yield TokenizedDocument(work.document.source, work.document.is_chat, ids, learnt)
+            if work.begins:
+                joined.add(begin)
+            joined.add(ids)
+            if work.ends:
+                joined.add(end)
+                yield _text(work.source, joined.taken())
+
+
+def _text(source: str, ids: Ids) -> TokenizedDocument:
+    if isinstance(ids, FileIds):
+        return TokenizedDocument(source, False, ids, None)
+    learnt = ids.copy()
+    learnt[:1] = IGNORE
+    return TokenizedDocument(source, False, ids, learnt)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is encoded at once: a chat (`piece` is None), or a piece of a text and where in it the piece stands."""
+    """What is encoded at once: a chat, or a piece of a text and where in it the piece stands.
 
-    document: Document
-    piece: str | None
+    A piece does not hold its text, which may be long: it can go while its last pieces are encoded.
+    """
+
+    source: str
+    input_bytes: int
+    """Its share of the bytes that the document takes in its file."""
+    chat: Document | None = None
+    piece: str | None = None
     begins: bool = True
     ends: bool = True
 
     @property
-    def characters(self) -> int:
+    def size_bytes(self) -> int:
         if self.piece is not None:
-            return len(self.piece)
-        return sum(len(m["content"]) for m in self.document.content if isinstance(m, dict))
+            return _size_bytes(self.piece)
+        content = self.chat.content if self.chat else ()
+        return sum(_size_bytes(message["content"]) for message in content if isinstance(message, dict))
 
-    @property
-    def input_bytes(self) -> int:
-        """Its share of the bytes that the document takes in its file."""
-        if self.piece is None:
-            return self.document.size_bytes
-        return self.document.size_bytes * len(self.piece) // max(len(self.document.content), 1)
+
+def _size_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _works(encoder: SafeEncoder, documents: Iterable[Document]) -> Iterator[_Work]:
     for document in documents:
-        text = document.content
-        if not isinstance(text, str):
-            yield _Work(document, None)
-            continue
-        bounds = [0, *encoder.seams.cuts(text, _PIECE_CHARACTERS), len(text)]
-        for start, stop in pairwise(bounds):
-            yield _Work(document, text[start:stop], start == 0, stop == len(text))
+        if document.is_chat:
+            yield _Work(document.source, document.size_bytes, chat=document)
+        else:
+            yield from _pieces(encoder, document)
+        del document  # before the next one is read
+
+
+def _pieces(encoder: SafeEncoder, document: Document) -> Iterator[_Work]:
+    text, source, size_bytes = document.content, document.source, document.size_bytes
+    assert isinstance(text, str)
+    bounds = [0, *encoder.seams.cuts(text, _PIECE_CHARACTERS), len(text)]
+    for start, stop in pairwise(bounds):
+        piece = text[start:stop]
+        if len(bounds) > 2 or encoder.seams.are_known:
+            _refuse_without_seam(source, piece, start)
+        share = size_bytes * len(piece) // max(len(text), 1)
+        yield _Work(source, share, None, piece, start == 0, stop == len(text))
+
+
+def _refuse_without_seam(source: str, piece: str, start: int) -> None:
+    if 4 * len(piece) > _MOST_PIECE_BYTES and (size_bytes := _size_bytes(piece)) > _MOST_PIECE_BYTES:
+        raise DataError(
+            f"{source}: {size_bytes:,} bytes from character {start:,} on have no place where the tokenizer can be cut",
+            rule=f"Such a stretch is tokenized whole, which takes 150 bytes of memory a byte: "
+            f"{_MOST_PIECE_BYTES:,} bytes at most.",
+            hint="Put spaces or line ends into it.",
+        )
 
 
 def _keeping(
@@ -132,7 +172,7 @@ def _name(group: list[_Work]) -> bytes:
     """SHA-256 of all that the tokens of a group are made from, but for the tokenizer and the labels wanted."""
     digest = hashlib.sha256()
     for work in group:
-        text = repr(work.document) if work.piece is None else work.piece
+        text = repr(work.chat) if work.piece is None else work.piece
         data = text.encode("utf-8", "surrogatepass")
         digest.update(b"%d %d %d\n" % (work.piece is None, work.begins, len(data)))
         digest.update(data)
@@ -146,13 +186,13 @@ def pieces_of(encoder: SafeEncoder, texts: Iterable[Document]) -> Iterator[str]:
 
 def _groups(works: Iterable[_Work]) -> Iterator[list[_Work]]:
     group: list[_Work] = []
-    characters = 0
+    size_bytes = 0
     for work in works:
         group.append(work)
-        characters += work.characters
-        if characters >= _GROUP_CHARACTERS or len(group) >= _GROUP_DOCUMENTS:
+        size_bytes += work.size_bytes
+        if size_bytes >= _GROUP_BYTES or len(group) >= _GROUP_DOCUMENTS:
             yield group
-            group, characters = [], 0
+            group, size_bytes = [], 0
     if group:
         yield group
 
@@ -222,5 +262,5 @@ def encode_long(encoder: SafeEncoder, texts: list[str]) -> list[Int32]:
         return encoder.encode_pieces([(w.piece or "", w.begins) for w in group])
 
     for work, ids in _in_threads(finish, _groups(_works(encoder, documents))):
-        found[int(work.document.source)].append(ids)
+        found[int(work.source)].append(ids)
     return [np.concatenate(pieces) for pieces in found]

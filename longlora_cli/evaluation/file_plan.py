@@ -127,6 +127,7 @@ def question_of(found: Fitted, limits: Limits) -> Question:
         found.ids,
         sample.outputs,
         facts,
+        found.sample_hash,
         max_new_tokens=sample.max_new_tokens,
         stop=sample.stop,
         scorer=sample.scorer,

@@ -14,7 +14,7 @@ from longlora_cli.errors import DataError
 from longlora_cli.evaluation.file_plan import CutCounts
 from longlora_cli.evaluation.generation import Row
 from longlora_cli.evaluation.scorers import find_scorer
-from longlora_cli.evaluation.statistics import bootstrap_ratio, mean
+from longlora_cli.evaluation.statistics import mean_clustered
 from longlora_cli.evaluation.task_scores import is_long, judged
 from longlora_cli.evaluation.tasks.files.family import Family
 
@@ -33,7 +33,7 @@ def score_file_task(
         counts: What was cut.
 
     Returns:
-        The summary `{"n", "documents", "score", "ci95", "scores", "columns", "cut", "long", "scorer", "prompts",
+        The summary `{"n", "score", "ci95", "clusters", "scores", "columns", "cut", "long", "scorer", "prompts",
         "parts", "lengths", "samples", "skipped", "truncated", "lost_tokens"}` and the rows with their `scores`.
         `columns` are the means by other rules, by their version; `parts` the scores by each fact of the family's;
         `lengths` are there where rows have a nominal length.
@@ -146,17 +146,8 @@ def _by(rows: Sequence[Row], fact: str, columns: Sequence[str]) -> dict[Any, Sum
 def _means(rows: Sequence[Row], columns: Sequence[str]) -> Summary:
     values = [row["scores"]["score"] for row in rows]
     keys = [key for key in rows[0]["scores"] if key not in columns]
-    documents: dict[str, list[float]] = {}
-    for row, value in zip(rows, values, strict=True):
-        documents.setdefault(row["document"], []).append(value)
-    found = mean(values, binary=set(values) <= {0.0, 1.0})
-    if len(documents) < len(values):
-        sums, sizes = [math.fsum(d) for d in documents.values()], [float(len(d)) for d in documents.values()]
-        interval = bootstrap_ratio(sums, sizes)
-        found["ci95"] = None if interval is None else list(interval)
     return {
-        **found,
-        "documents": len(documents),
+        **mean_clustered(values, [row["document"] for row in rows], binary=set(values) <= {0.0, 1.0}),
         "scores": {key: _macro([row["scores"][key] for row in rows]) for key in keys},
         "columns": {name: _macro([row["scores"][name] for row in rows]) for name in columns},
         "cut": sum(row["finish"] == "length" for row in rows) / len(rows),

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
-from longlora_cli.evaluation.statistics import mean
+from longlora_cli.evaluation.statistics import mean_clustered
 
 Advance = Callable[[int], None]
 Row = dict[str, Any]
@@ -53,7 +53,9 @@ class Question:
         task: The task it belongs to.
         prompt: Token ids up to where the answer begins, the chat template included.
         references: Right answers, at least one.
-        facts: What is known of it (length, depth, sample, line); copied into its row.
+        facts: What is known of it (length, depth, sample, line); copied into its row. Questions about one text may
+            say so by an equal `document`: their scores are not independent.
+        sample_hash: Of its text and references, see `hash_sample`: the same for every model that is asked it.
         max_new_tokens: Longest answer; None: as long as `predict` is told.
         stop: The answer ends before the first of these strings.
         scorer: Name of the scorer that judges the answer; None: the caller knows.
@@ -64,10 +66,20 @@ class Question:
     prompt: Sequence[int]
     references: list[str]
     facts: Row = field(default_factory=dict)
+    sample_hash: str = ""
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     scorer: str | None = None
     extra: Row = field(default_factory=dict)
+
+
+def hash_sample(content: Any, references: Sequence[str]) -> str:
+    """SHA-256 of a question as text (JSON of its messages, or a plain text) and its references, in hex.
+
+    Neither the tokenizer nor the chat template is in it: rows of two models with equal hashes are answers to the same
+    question.
+    """
+    return key_of("sample", content, list(references))
 
 
 def predict(
@@ -92,7 +104,7 @@ def predict(
         advance: Called with 1 after each question.
 
     Yields:
-        Rows: `key`, `task`, the question's facts, `references`, `prediction`, `finish`, `prompt_tokens`,
+        Rows: `key`, `task`, the question's facts, `sample_hash`, `references`, `prediction`, `finish`, `prompt_tokens`,
         `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where the question has them. `finish` is `stop`
         where one of its strings was met.
     """
@@ -122,7 +134,7 @@ def predict(
         if advance is not None:
             advance(1)
         # Equal questions share a key, but each has its own place.
-        yield row | question.facts
+        yield row | question.facts | {"sample_hash": question.sample_hash}
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
@@ -159,8 +171,9 @@ def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[R
         metrics: From `metrics.load_metrics`.
 
     Returns:
-        The summary `{"n", "scores": {key: {"n", "score", "ci95"}}, "scorers": [...], "cut"}`, where `cut` is
-        the share of answers that ended at the limit, and the rows with their `scores`.
+        The summary `{"n", "scores": {key: {"n", "score", "ci95", "clusters", "scorer"}}, "scorers": [...], "cut"}`,
+        where `cut` is the share of answers that ended at the limit, and the rows with their `scores`. Rows of one
+        `document` are a cluster; a row without is one of its own.
 
     Raises:
         DataError: No rows. A fault inside a scorer is raised as it is.
@@ -169,11 +182,13 @@ def score_rows(rows: Sequence[Row], metrics: Sequence[Any]) -> tuple[Row, list[R
         raise DataError("there is nothing to score")
     predictions, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
     summary: Row = {}
+    texts = [row.get("document", index) for index, row in enumerate(rows)]
     scored = [{**row, "scores": {}} for row in rows]
     for metric in metrics:
         found = metric.compute(predictions=predictions, references=references, per_sample=True)
         for key, values in found["per_sample"].items():
-            summary[key] = mean(values, binary=metric.scorer.binary)
+            average = mean_clustered(values, texts, binary=metric.scorer.binary)
+            summary[key] = average | {"scorer": metric.scorer.version}
             for row, value in zip(scored, values, strict=True):
                 row["scores"][key] = value
     cut = sum(row["finish"] == "length" for row in rows) / len(rows)
@@ -199,7 +214,7 @@ def evaluate_generation(
         advance: Called with 1 after each question.
 
     Returns:
-        `{"n", "scores": {key: {"n", "score", "ci95"}}, "scorers", "cut"}`; see `score_rows`.
+        `{"n", "scores": {key: {"n", "score", "ci95", "clusters"}}, "scorers", "cut"}`; see `score_rows`.
     """
     rows = list(predict(answerer, questions, max_new_tokens=max_new_tokens, advance=advance))
     return score_rows(rows, metrics)[0]

@@ -6,9 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from longlora_cli.evaluation.effective_length import RULER_THRESHOLD, effective_lengths
 from longlora_cli.evaluation.generation import Row
 from longlora_cli.evaluation.scorers import holds_answer, same_answer
-from longlora_cli.evaluation.statistics import share
+from longlora_cli.evaluation.statistics import share_clustered
 
 SCORER = "retrieval@exact-1"
 _WORD = re.compile(r"\s*(\w+)")
@@ -30,18 +31,22 @@ def score_retrieval(row: Row) -> dict[str, float]:
     }
 
 
-def score_grid(rows: Sequence[Row]) -> tuple[dict[str, Any], list[Row]]:
-    """Shares of right answers with 95 % Wilson intervals, for each cell, each length and all.
+def score_grid(
+    rows: Sequence[Row], *, threshold: float = RULER_THRESHOLD
+) -> tuple[dict[str, Any], list[Row]]:
+    """Shares of right answers with 95 % intervals, for each cell, each length and all.
 
-    Questions of one sample share their text, so an interval over depths takes for independent what is not
-    quite; `samples` says how many texts there were.
+    Questions of one sample share their text: a cell asks each text once, so its interval is Wilson's; a length asks
+    each several times, so its interval counts texts (`statistics.wilson_clustered`). `samples` is how many there were.
 
     Args:
         rows: From `predict`, with `length`, `depth` and `sample`; at least one.
+        threshold: What a length must reach for the effective length by RULER's rule.
 
     Returns:
-        `{"n", "score", "ci95", "contains", "cut", "samples", "lengths": [...], "cells": [...]}` and the rows
-        with their `scores`. Cells are ordered by length, then depth.
+        `{"n", "score", "ci95", "contains", "cut", "samples", "lengths": [...], "cells": [...]}`, with
+        `effective_length` where there are several lengths, and the rows with their `scores`. Cells are ordered by
+        length, then depth.
     """
     scored = [{**row, "scores": score_retrieval(row)} for row in rows]
     lengths = sorted({row["length"] for row in rows})
@@ -50,15 +55,21 @@ def score_grid(rows: Sequence[Row]) -> tuple[dict[str, Any], list[Row]]:
         inside = [row for row in scored if (row["length"], row["depth"]) == (length, depth)]
         cells.append({"length": length, "depth": depth, **_shares(inside)})
     per_length = [{"length": n, **_shares([row for row in scored if row["length"] == n])} for n in lengths]
-    return {**_shares(scored), "scorer": SCORER, "lengths": per_length, "cells": cells}, scored
+    summary = {**_shares(scored), "scorer": SCORER, "lengths": per_length, "cells": cells}
+    if (effective := effective_lengths(per_length, threshold=threshold)) is not None:
+        summary["effective_length"] = effective
+    return summary, scored
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, Any]:
-    contains = share([row["scores"]["contains"] for row in rows])
+    texts = [(row["length"], row["sample"]) for row in rows]
+    contains = share_clustered([row["scores"]["contains"] for row in rows], texts)
+    found = share_clustered([row["scores"]["score"] for row in rows], texts)
+    samples = found.pop("clusters")
     return {
-        **share([row["scores"]["score"] for row in rows]),
+        **found,
         "contains": contains["score"],
         "contains_ci95": contains["ci95"],
         "cut": sum(row["finish"] == "length" for row in rows) / len(rows),
-        "samples": len({(row["length"], row["sample"]) for row in rows}),
+        "samples": samples,
     }

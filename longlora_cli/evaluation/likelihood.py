@@ -79,7 +79,7 @@ def weigh(
             kept.add(row)
         if advance is not None:
             advance(1)
-        yield row | question.facts
+        yield row | question.facts | {"sample_hash": question.sample_hash}
 
 
 def _weighed(weigher: Weigher, question: Question, text: str, tokenizer: Any) -> Row:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import resource
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from longlora_cli.config import EvalConfig
 from longlora_cli.evaluation.generation import Advance, Answerer, Row, predict, score_rows, speed
 from longlora_cli.evaluation.grid import score_grid
-from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
-from longlora_cli.evaluation.perplexity import Float32, TextLosses, score_text, summarize
+from longlora_cli.evaluation.journal import Journal
+from longlora_cli.evaluation.perplexity import Float32
 from longlora_cli.evaluation.plan import EvalPlan
-from longlora_cli.evaluation.texts import Text
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.models.source import base_folder, fingerprint
 from longlora_cli.storage import sha256_of
@@ -57,75 +51,6 @@ def model_identity(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def measure_perplexity(
-    loaded: LoadedModel, plan: EvalPlan, journal: Journal, identity: Any, advance: Advance | None = None
-) -> TaskResult:
-    """Score the plan's texts; `advance` is called with tokens."""
-    config = plan.config
-    rows = []
-    for text in plan.texts:
-        key = key_of("ppl", hash_ids(text.ids.tolist()), config.window, stride_of(config), identity)
-        row = journal.get(key)
-        if row is None:
-            row = _score(loaded, text, config, key, advance)
-            journal.add(row)
-        elif advance is not None:
-            advance(len(text.ids) - 1)
-        rows.append(row)
-    found = [_unpack(row, config.window) for row in rows]
-    sizes = [text.scored_bytes for text in plan.texts]
-    seconds = sum(row["seconds"] for row in rows)
-    summary = summarize(found, sizes, window=config.window)
-    summary |= {"window": config.window, "stride": stride_of(config), "seconds": seconds}
-    summary["tokens_per_second"] = summary["n"] / seconds if seconds > 0 else None
-    samples = [
-        {
-            "text": text.name,
-            "n": len(losses.nll),
-            "nll": float(losses.nll.mean(dtype=np.float64)),
-            "bytes": text.scored_bytes,
-            "seconds": row["seconds"],
-        }
-        for text, losses, row in zip(plan.texts, found, rows, strict=True)
-    ]
-    return TaskResult(summary, samples, [losses.nll for losses in found])
-
-
-def stride_of(config: EvalConfig) -> int:
-    """The stride in use: the given one, else half a window."""
-    return config.stride if config.stride is not None else max(1, config.window // 2)
-
-
-def _score(loaded: LoadedModel, text: Text, config: EvalConfig, key: str, advance: Advance | None) -> Row:
-    started = time.perf_counter()
-    losses = score_text(
-        loaded,
-        text.ids.tolist(),
-        window=config.window,
-        stride=stride_of(config),
-        chunk=config.prefill_chunk,
-        advance=advance,
-    )
-    return {
-        "key": key,
-        "nll": _pack(losses.nll),
-        "curve": _pack(losses.curve),
-        "windows": losses.windows.tolist(),
-        "seconds": round(time.perf_counter() - started, 4),
-    }
-
-
-def _pack(values: Float32) -> str:
-    return base64.b64encode(values.astype("<f4").tobytes()).decode()
-
-
-def _unpack(row: Row, window: int) -> TextLosses:
-    def read(packed: str) -> Float32:
-        return np.frombuffer(base64.b64decode(packed), dtype="<f4").astype(np.float32)
-
-    return TextLosses(read(row["nll"]), np.array(row["windows"]), read(row["curve"]).reshape(-1, window - 1))
-
-
 def measure_grid(
     task: str,
     answerer: Answerer,
@@ -146,7 +71,7 @@ def measure_grid(
             advance=advance,
         )
     )
-    summary, scored = score_grid(rows)
+    summary, scored = score_grid(rows, threshold=plan.config.effective_score / 100)
     return TaskResult({**summary, **speed(rows)}, scored)
 
 

@@ -31,5 +31,5 @@ def measure_task(
             advance=advance,
         )
     )
-    summary, scored = score_task(rows)
+    summary, scored = score_task(rows, threshold=plan.config.effective_score / 100)
     return TaskResult({**summary, **speed(rows)}, scored)

@@ -1,8 +1,8 @@
-"""Exact next-token losses of long texts, and the views of them: micro, macro, bits per byte, by position.
+"""Exact next-token losses of long texts.
 
-Each token of a text but its first is scored exactly once, in nats, and every table is a sum of those numbers
-in float64. Logits exist for a tile of tokens at a time. A window longer than `chunk` is read in pieces
-against a KV cache, so that memory is the weights, the cache of one window and one piece.
+Each token of a text is scored exactly once, in nats, and every table is a sum of those numbers in float64
+(`perplexity_tables`). Logits exist for a tile of tokens at a time. A window longer than `chunk` is read in
+pieces against a KV cache, so that memory is the weights, the cache of one window and one piece.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longlora_cli.evaluation.statistics import bootstrap_ratio
-from longlora_cli.evaluation.windows import Window, curve_windows, plan_windows, position_buckets
+from longlora_cli.evaluation.windows import Reading, Window
 from longlora_cli.generation.prefill import depends_on_length, new_cache
 from longlora_cli.memory.loss import IGNORE, token_losses
 from longlora_cli.models.loading import LoadedModel
 
 Float32 = npt.NDArray[np.float32]
+Float = npt.NDArray[np.floating[Any]]
 Advance = Callable[[int], None]
 
 # Logits of one tile: 2^25 float32 numbers are 128 MiB (262 tokens at a vocabulary of 128,256).
@@ -33,19 +33,33 @@ _TILE_LOGITS = 1 << 25
 
 @dataclass(frozen=True)
 class TextLosses:
-    """The scored tokens of one text.
+    """The scored tokens of one text, or of a run of its windows.
 
     Args:
-        nll: Loss in nats of tokens 1, 2, ... `[tokens - 1]`; the first token has no context and no loss.
+        nll: Loss in nats of each scored token, in their order.
         windows: Sum and count of the losses that each window scored, `[windows, 2]`; the clusters of the
             interval.
         curve: Losses of the windows of the curve, `[curve windows, window - 1]`; column `i` had `i + 1`
-            tokens of context.
+            tokens of context. No rows when `Reading.whole`: then `nll` is the row.
+        short: The same tokens with the short context, shaped as the curve (`[1, tokens]` when
+            `Reading.whole`); None: not measured.
     """
 
     nll: Float32
     windows: npt.NDArray[np.float64]
     curve: Float32
+    short: Float32 | None = None
+
+
+def join(parts: Sequence[TextLosses]) -> TextLosses:
+    """The losses of a text from those of its consecutive runs of windows."""
+    shorts = [part.short for part in parts if part.short is not None]
+    return TextLosses(
+        np.concatenate([part.nll for part in parts]),
+        np.concatenate([part.windows for part in parts]),
+        np.concatenate([part.curve for part in parts]),
+        np.concatenate(shorts) if shorts else None,
+    )
 
 
 def tile_tokens_for(vocabulary: int) -> int:
@@ -100,132 +114,115 @@ def _read_in_pieces(loaded: LoadedModel, rows: Tensor, chunk: int) -> Iterator[t
         yield output.last_hidden_state, piece
 
 
-def score_text(
-    loaded: LoadedModel,
-    ids: Sequence[int],
-    *,
-    window: int,
-    stride: int,
-    chunk: int,
-    advance: Advance | None = None,
-) -> TextLosses:
-    """Score each token of a text but the first exactly once.
+def read_windows(
+    loaded: LoadedModel, ids: Tensor, windows: Sequence[Window], *, bos: int | None = None, chunk: int
+) -> Iterator[tuple[Window, Float]]:
+    """Each window with the losses of its tokens `first` to `stop`, float32 (float64 for a float64 model).
 
     Windows of equal length share a forward as long as they have at most `chunk` tokens together.
 
     Args:
         loaded: The model, in eval mode.
-        ids: Token ids, with BOS if the tokenizer puts one.
-        window: Most tokens read at once.
-        stride: Tokens between windows; see `plan_windows`.
+        ids: The text `[tokens]`.
+        windows: Of the text; `first` may equal `start` only with a `bos`.
+        bos: A token put in front of each window.
         chunk: Most tokens in one forward.
-        advance: Called with the number of tokens just scored.
 
     Raises:
-        ValueError: The text has fewer than two tokens.
         IncompatibleError: The model changes its logits after the head.
     """
-    if len(ids) < 2:
-        raise ValueError(f"a text of {len(ids)} tokens has nothing to score")
-    windows = plan_windows(len(ids), window, stride)
-    in_curve = set(curve_windows(windows, window))
-    tokens = torch.tensor(ids, dtype=torch.long)
-    nll = np.zeros(len(ids), dtype=np.float32)
-    sums, curve = [], []
-    for group in _groups(windows, chunk):
-        rows = torch.stack([tokens[w.start : w.stop] for w in group])
-        first = [1 if w in in_curve else w.first - w.start for w in group]
+    before = [] if bos is None else [torch.tensor([bos])]
+    added = len(before)
+    for group in _groups(windows, chunk, added):
+        rows = torch.stack([torch.cat([*before, ids[w.start : w.stop]]) for w in group])
+        first = [w.first - w.start + added for w in group]
         for one, losses in zip(group, window_losses(loaded, rows, first, chunk=chunk).numpy(), strict=True):
-            scored = losses[one.first - one.start :]
-            nll[one.first : one.stop] = scored
-            sums.append((scored.sum(dtype=np.float64), len(scored)))
-            if one in in_curve:
-                curve.append(losses[1:])
-            if advance is not None:
-                advance(len(scored))
-    stacked = np.stack(curve).astype(np.float32) if curve else np.zeros((0, window - 1), dtype=np.float32)
-    return TextLosses(nll[1:], np.array(sums, dtype=np.float64), stacked)
+            yield one, losses[one.first - one.start + added :]
 
 
-def _groups(windows: list[Window], chunk: int) -> Iterator[list[Window]]:
+def score_text(
+    loaded: LoadedModel,
+    ids: Sequence[int] | npt.NDArray[np.int64],
+    reading: Reading,
+    *,
+    windows: Sequence[Window] | None = None,
+    advance: Advance | None = None,
+) -> TextLosses:
+    """Score each token of a text from `reading.first` on exactly once.
+
+    Args:
+        loaded: The model, in eval mode.
+        ids: Token ids of the text, with what stands in front of it once; not with a BOS of each window.
+        reading: How it is read.
+        windows: Only these of `reading.windows`; default: all of them.
+        advance: Called with the number of tokens just scored, also those of the short context.
+
+    Raises:
+        ValueError: The text has nothing to score.
+        IncompatibleError: The model changes its logits after the head.
+    """
+    if len(ids) <= reading.first:
+        raise ValueError(f"a text of {len(ids)} tokens has nothing to score")
+    plan = reading.windows(len(ids))
+    in_curve = set(reading.curve(plan))
+    tokens = torch.as_tensor(ids, dtype=torch.long)
+    mine = plan if windows is None else windows
+    # A window of the curve scores all of its tokens, also those that an earlier window has scored.
+    widened = {one: Window(one.start, one.stop, one.start + reading.first) for one in mine if one in in_curve}
+    asked = [widened.get(one, one) for one in mine]
+    nll, sums, curve = [], [], []
+    found = read_windows(loaded, tokens, asked, bos=reading.bos, chunk=reading.chunk)
+    for one, (read, losses) in zip(mine, found, strict=True):
+        scored = losses[one.first - read.first :]
+        nll.append(scored)
+        sums.append((scored.sum(dtype=np.float64), len(scored)))
+        if one in widened:
+            curve.append((read, losses))
+        if advance is not None:
+            advance(len(scored))
+    short = _short_losses(loaded, tokens, reading, curve, advance)
+    rows = [] if reading.whole else [losses for _, losses in curve]
+    shape = (len(rows), reading.window - 1)
+    return TextLosses(
+        np.concatenate(nll).astype(np.float32),
+        np.array(sums, dtype=np.float64).reshape(-1, 2),
+        np.stack(rows).astype(np.float32) if rows else np.zeros(shape, dtype=np.float32),
+        short,
+    )
+
+
+def _short_losses(
+    loaded: LoadedModel,
+    tokens: Tensor,
+    reading: Reading,
+    curve: Sequence[tuple[Window, Float]],
+    advance: Advance | None,
+) -> Float32 | None:
+    """The losses of the curve's windows with the short context, one row a window."""
+    if reading.short is None:
+        return None
+    rows = [losses.astype(np.float32) for _, losses in curve]
+    places = [(row, w) for row, (one, _) in enumerate(curve) for w in reading.short_windows(one)]
+    found = read_windows(loaded, tokens, [w for _, w in places], bos=reading.bos, chunk=reading.chunk)
+    for (row, w), (_, losses) in zip(places, found, strict=True):
+        start = w.first - curve[row][0].first
+        rows[row][start : start + len(losses)] = losses
+        if advance is not None:
+            advance(len(losses))
+    if rows:
+        return np.stack(rows)
+    return np.zeros((0, reading.window - 1), dtype=np.float32)
+
+
+def _groups(windows: Sequence[Window], chunk: int, added: int) -> Iterator[list[Window]]:
     group: list[Window] = []
     for one in windows:
-        if group and (one.tokens != group[0].tokens or (len(group) + 1) * one.tokens > chunk):
+        if group and (one.tokens != group[0].tokens or (len(group) + 1) * (one.tokens + added) > chunk):
             yield group
             group = []
         group.append(one)
     if group:
         yield group
-
-
-def summarize(texts: Sequence[TextLosses], text_bytes: Sequence[int], *, window: int) -> dict[str, Any]:
-    """Every view of the losses of some texts, as plain JSON.
-
-    - `nll`: mean nats per token over all texts (micro); `perplexity` is its exponential, `ci95` its bootstrap
-      interval over windows.
-    - `perplexity_macro`: exponential of the mean over texts of each text's mean loss.
-    - `bits_per_byte`: all nats / ln 2 / `text_bytes`, comparable between tokenizers.
-    - `by_position`: see `position_curve`.
-
-    Args:
-        texts: At least one text.
-        text_bytes: UTF-8 bytes of the scored part of each text.
-        window: Tokens of a window.
-    """
-    sums = [float(text.nll.sum(dtype=np.float64)) for text in texts]
-    counts = [len(text.nll) for text in texts]
-    clusters = np.concatenate([text.windows for text in texts])
-    nats, tokens = math.fsum(sums), sum(counts)
-    interval = bootstrap_ratio(clusters[:, 0].tolist(), clusters[:, 1].tolist())
-    return {
-        "n": tokens,
-        "texts": len(texts),
-        "windows": len(clusters),
-        "nll": nats / tokens,
-        "perplexity": math.exp(nats / tokens),
-        "ci95": None if interval is None else [math.exp(value) for value in interval],
-        "perplexity_macro": math.exp(
-            math.fsum(s / c for s, c in zip(sums, counts, strict=True)) / len(texts)
-        ),
-        "bits_per_byte": nats / math.log(2) / sum(text_bytes),
-        "bytes": sum(text_bytes),
-        **position_curve(texts, window),
-    }
-
-
-def position_curve(texts: Sequence[TextLosses], window: int) -> dict[str, Any]:
-    """Loss by the number of tokens of context: `{"by_position", "curve_windows", "curve_source"}`.
-
-    A token's position is how many tokens before it the model saw. The curve is made of full windows that
-    score no token twice, and all of a window's tokens are in it: each bucket `[from, to)` is an average over
-    the same windows, so that buckets differ by context and not by text (`curve_source: full windows`). When
-    every text is shorter than the window, each text as a whole takes the place of a window (`whole texts`),
-    and late buckets hold fewer texts.
-    """
-    full = [row for text in texts for row in text.curve]
-    rows = full or [text.nll for text in texts]
-    buckets = []
-    for low, high in position_buckets(window):
-        # Column i had i + 1 tokens of context.
-        pieces = [row[max(low - 1, 0) : high - 1] for row in rows]
-        pieces = [piece for piece in pieces if len(piece)]
-        if not pieces:
-            continue
-        sums, counts = [float(p.sum(dtype=np.float64)) for p in pieces], [float(len(p)) for p in pieces]
-        interval = bootstrap_ratio(sums, counts)
-        nll = math.fsum(sums) / sum(counts)
-        buckets.append(
-            {
-                "from": low,
-                "to": high,
-                "n": int(sum(counts)),
-                "nll": nll,
-                "perplexity": math.exp(nll),
-                "ci95": None if interval is None else [math.exp(value) for value in interval],
-            }
-        )
-    source = "full windows" if full else "whole texts"
-    return {"by_position": buckets, "curve_windows": len(rows), "curve_source": source}
 
 
 @dataclass(frozen=True)

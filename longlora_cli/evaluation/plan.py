@@ -13,6 +13,7 @@ from longlora_cli.data.readers import kind_of
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.file_plan import FilePlan, plan_files
 from longlora_cli.evaluation.generation import Question
+from longlora_cli.evaluation.perplexity_plan import check_texts
 from longlora_cli.evaluation.scorers import check_metrics
 from longlora_cli.evaluation.tasks import needle, passkey, registry, rows
 from longlora_cli.evaluation.tasks.prompts import question_of
@@ -175,10 +176,18 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
     if text_paths and "ppl" not in tasks and not config.file_tasks:
         raise DataError(f"{text_paths[0]}: --tasks generate reads .jsonl files only")
     texts = (
-        read_texts(text_paths, tokenizer, split=config.split, max_tokens=config.max_tokens)
+        read_texts(
+            text_paths,
+            tokenizer,
+            split=config.split,
+            max_tokens=config.max_tokens,
+            bos=config.bos,
+            docs=config.docs,
+        )
         if "ppl" in tasks
         else []
     )
+    check_texts(config, texts)
     hides = bool(tasks & {passkey.TASK, needle.TASK, *SYNTHETIC})
     haystack = read_haystack(config.haystack, split=config.split) if hides else None
     files = plan_files(config, tokenizer, _readable(config)) if config.file_tasks else None

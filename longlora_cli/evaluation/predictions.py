@@ -129,6 +129,9 @@ def _json_rows(path: Path, faults: Faults) -> Iterator[NumberedFields]:
             except json.JSONDecodeError as error:
                 faults.add(number, f"not JSON: {error.msg}")
                 break
+            except RecursionError:
+                faults.add(number, "not JSON that can be read: nested too deeply")
+                break
             if not isinstance(value, dict):
                 faults.add(number, f"a row is an object, this is {shown(value)}")
                 break

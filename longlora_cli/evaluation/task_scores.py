@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlora_cli.errors import DataError
+from longlora_cli.evaluation.effective_length import RULER_THRESHOLD, effective_lengths
 from longlora_cli.evaluation.generation import Row
 from longlora_cli.evaluation.scorers import find_scorer
 from longlora_cli.evaluation.statistics import mean
@@ -18,18 +19,22 @@ from longlora_cli.task_names import GROUPS
 _LONG_ANSWER = 3
 
 
-def score_task(rows: Sequence[Row]) -> tuple[dict[str, Any], list[Row]]:
+def score_task(
+    rows: Sequence[Row], *, threshold: float = RULER_THRESHOLD
+) -> tuple[dict[str, Any], list[Row]]:
     """Judge a task's rows.
 
     Args:
         rows: From `predict`, of one task, each with its `scorer` and `length`; at least one.
+        threshold: What a length must reach for the effective length by RULER's rule.
 
     Returns:
-        The summary `{"n", "score", "ci95", "scores", "cut", "long", "scorer", "lengths": [...], "cells": [...]}` and
-        the rows with their `scores`, where `score` is the one that counts. All are shares from 0 to 1. `scores` are
-        the means of all that the scorer gives, `cut` the share of answers that ended at their limit, `long` of those
-        more than three times as long as their longest reference. `cells` are there where rows have a `depth`.
-        Intervals are Wilson's where each score is 0 or 1, else a bootstrap.
+        The summary `{"n", "score", "ci95", "scores", "cut", "long", "scorer", "lengths": [...], "cells": [...]}`, with
+        `effective_length` where there are several lengths, and the rows with their `scores`, where `score` is the one
+        that counts. All are shares from 0 to 1. `scores` are the means of all that the scorer gives, `cut` the share
+        of answers that ended at their limit, `long` of those more than three times as long as their longest
+        reference. `cells` are there where rows have a `depth`. Intervals are Wilson's where each score is 0 or 1, else
+        a bootstrap.
 
     Raises:
         DataError: No rows. A fault inside a scorer is raised as it is.
@@ -43,6 +48,7 @@ def score_task(rows: Sequence[Row]) -> tuple[dict[str, Any], list[Row]]:
     summary["lengths"] = [
         {"length": length, **_means([row for row in scored if row["length"] == length])} for length in lengths
     ]
+    summary |= _effective(summary["lengths"], threshold)
     places = sorted({(row["length"], row["depth"]) for row in rows if "depth" in row})
     if places:
         summary["cells"] = [
@@ -52,16 +58,20 @@ def score_task(rows: Sequence[Row]) -> tuple[dict[str, Any], list[Row]]:
     return summary, scored
 
 
-def score_groups(names: Sequence[str], summaries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def score_groups(
+    names: Sequence[str], summaries: Mapping[str, dict[str, Any]], *, threshold: float = RULER_THRESHOLD
+) -> dict[str, dict[str, Any]]:
     """The groups that were asked for by name; see `score_group`."""
     return {
-        name: score_group({task: summaries[task] for task in GROUPS[name]})
+        name: score_group({task: summaries[task] for task in GROUPS[name]}, threshold=threshold)
         for name in names
         if name in GROUPS
     }
 
 
-def score_group(summaries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def score_group(
+    summaries: Mapping[str, dict[str, Any]], *, threshold: float = RULER_THRESHOLD
+) -> dict[str, Any]:
     """Mean over tasks at each length, as RULER has it, and its means over lengths.
 
     `wavg_inc` and `wavg_dec` weigh lengths by 1, 2, 3, ... and the other way round: for who reads long texts mostly,
@@ -69,6 +79,7 @@ def score_group(summaries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
     Args:
         summaries: Of the group's tasks, with the same lengths and the same n.
+        threshold: As for `score_task`.
 
     Returns:
         `{"tasks", "n", "score", "wavg_inc", "wavg_dec", "lengths": [{"length", "n", "score", "ci95"}]}`. The
@@ -90,7 +101,13 @@ def score_group(summaries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "wavg_inc": _weighted(scores, weights),
         "wavg_dec": _weighted(scores, weights[::-1]),
         "lengths": lengths,
+        **_effective(lengths, threshold),
     }
+
+
+def _effective(lengths: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:
+    found = effective_lengths(lengths, threshold=threshold)
+    return {} if found is None else {"effective_length": found}
 
 
 def judged(row: Row) -> dict[str, float]:

@@ -20,7 +20,6 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from longlora_cli.config import TrainConfig
 from longlora_cli.data.chunk_cost import chunk_costs
-from longlora_cli.data.ordering import StepSampler
 from longlora_cli.errors import NumericError
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel
@@ -29,6 +28,7 @@ from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.training import checkpoint
 from longlora_cli.training.calibrator import BatchCalibrator
 from longlora_cli.training.meter import StepMeter, release_memory
+from longlora_cli.training.step_sampler import StepSampler
 
 Evaluator = Callable[[], dict[str, float]]
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}

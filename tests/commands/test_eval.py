@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import pytest
 from longlora_cli.commands import eval as command
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
-from longlora_cli.errors import DataError, Interrupted, SettingsError
+from longlora_cli.errors import DataError, IntegrityError, Interrupted, SettingsError
 from longlora_cli.options import resolve
 from longlora_cli.storage import verify_folder
 
@@ -66,7 +68,8 @@ def no_model(monkeypatch):
 
 
 def run(config, *, dry_run=False):
-    return command.run(config, Console(json_mode=True), dry_run=dry_run)
+    module = import_module(f"longlora_cli.commands.{config.module('eval')}")
+    return module.run(config, Console(json_mode=True), dry_run=dry_run)
 
 
 def without_times(value):
@@ -96,7 +99,8 @@ def test_all_tasks_end_in_one_verified_folder_whose_numbers_can_be_recomputed(
     tasks = ["ppl", "passkey", "needle", "generate"]
     samples = {f"samples/{task}.jsonl" for task in tasks}
     plots = {"plots/ppl.png", "plots/passkey.png", "plots/needle.png"}
-    assert set(manifest.files) == {"results.json", "nll.npy", "nll_offsets.npy"} | samples | plots
+    files = {"results.json", "report.html", "nll.npy", "nll_offsets.npy"}
+    assert set(manifest.files) == files | samples | plots
     assert not list(tmp_path.glob(".*"))
     stored = json.loads((out / "results.json").read_text())
     assert stored == {k: v for k, v in found.items() if k != "out"}
@@ -118,6 +122,68 @@ def test_all_tasks_end_in_one_verified_folder_whose_numbers_can_be_recomputed(
         assert all(line["new_tokens"] <= 6 for line in lines)
     assert stored["tasks"]["generate"]["n"] == 3
     assert set(stored["tasks"]["generate"]["scores"]) >= {"rougeL", "f1", "exact_match", "accuracy"}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_folder, rows, tmp_path_factory):
+    """An evaluation of a grid and of rows; the tasks are not in alphabetical order."""
+    out = tmp_path_factory.mktemp("finished") / "result"
+    config = EvalConfig(
+        model=str(tiny_model_folder),
+        tasks=["passkey", "generate"],
+        out=out,
+        data=[rows],
+        haystack=["noise"],
+        **GRID,
+    )
+    run(config)
+    return out
+
+
+def test_a_report_made_anew_is_the_same_page_and_leaves_the_evaluation_as_it_is(finished, tmp_path, no_model):
+    out = tmp_path / "page.html"
+    found = run(EvalConfig(report=finished, out=out))
+    assert out.read_bytes() == (finished / "report.html").read_bytes()
+    assert found == {"report": str(out), "bytes": out.stat().st_size, "samples": 11, "left_out": 0}
+    verify_folder(finished, "evaluation")
+    page = out.read_text()
+    assert page.index('id="task-passkey"') < page.index('id="task-generate"')
+
+
+def test_a_report_needs_no_torch(finished, tmp_path):
+    code = (
+        "import sys\nfrom longlora_cli.cli import main\ntry:\n"
+        f"    main(['eval', '--report', {str(finished)!r}, '--out', {str(tmp_path / 'page.html')!r}])\n"
+        "except SystemExit as left:\n    print(left.code, 'torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] in ("0 False False", "None False False")
+
+
+def test_a_dry_run_of_a_report_writes_nothing(finished, tmp_path, no_model):
+    found = run(EvalConfig(report=finished, out=tmp_path / "page.html"), dry_run=True)
+    assert (found["dry_run"], found["samples"]) == (True, 11)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_of_what_is_no_evaluation_is_refused(finished, tmp_path):
+    (tmp_path / "taken.html").touch()
+    cases = [
+        (tmp_path / "no", "page.html", DataError, "--report .*no does not exist"),
+        (tmp_path, "page.html", DataError, "is not a finished evaluation"),
+        (finished, "page", SettingsError, "page is not an .html file"),
+        (finished, "taken.html", SettingsError, "exists already"),
+    ]
+    for folder, out, kind, message in cases:
+        with pytest.raises(kind, match=message) as caught:
+            run(EvalConfig(report=folder, out=tmp_path / out))
+        assert caught.value.exit_code == 2
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished, damaged)
+    with (damaged / "results.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(IntegrityError, match=r"results\.json has \d+ bytes"):
+        run(EvalConfig(report=damaged, out=tmp_path / "page.html"))
 
 
 def test_a_dry_run_counts_with_the_tokenizer_alone_and_writes_nothing(
@@ -184,6 +250,8 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tiny_model_folder, book, 
         ({"tasks": ["ppl"], "max_new_tokens": "4"}, "--max-new-tokens has no effect"),
         ({"tasks": ["needle"], "split": "train"}, "--split has no effect"),
         ({"tasks": ["needle"], "depths": "9"}, "--needle-facts 8 is below --depths 9"),
+        ({"report": "result", "model": "builtin"}, "--model has no effect here: --report reads a finished"),
+        ({"report": "result", "tasks": ["ppl"]}, "--tasks has no effect here: --report reads a finished"),
     ],
 )
 def test_settings_without_effect_are_refused(tmp_path, flags, message):

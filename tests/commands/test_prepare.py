@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -443,9 +445,6 @@ main(sys.argv[1:])
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(book: Path, model: str, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     book.write_text(book.read_text() * 20)
     arguments = ["prepare", str(book), "-m", model, "-o", str(tmp_path / "data")]
     done = subprocess.run(
@@ -649,3 +648,15 @@ def test_chats_with_tools_are_prepared_by_a_template_that_shows_them_and_else_re
     assert learnt.startswith('<tool_call>\n{"name": "weather", "arguments"')
     assert learnt.endswith("</tool_call><|im_end|>It rains.<|im_end|>No.<|im_end|>")
     assert "Tells the weather." in shows.decode(chunk.input_ids)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_no_torch_and_no_pandas_are_imported(model: str, tmp_path: Path, book: Path, dry_run: bool) -> None:
+    chats = rows(tmp_path / "chats.jsonl", {"messages": CHAT})
+    words = ["prepare", str(book), str(chats), "--model", model, "--out", str(tmp_path / "data")]
+    code = (
+        f"import sys\nfrom longlora_cli.cli import main\ntry:\n    main({words + ['--dry-run'] * dry_run})\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules, 'pandas' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.splitlines()[-1] == "0 False False"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from longlora_cli.models.tokenizer import BUILTIN
-from longlora_cli.storage import workspace
+from longlora_cli.storage import read_manifest, workspace
 
 WORDS = ["river", "mill", "secret", "amber", "falcon", "times", "age", "wisdom", "was", "the", "it", "of"]
 Run = Callable[..., dict[str, Any]]
@@ -58,7 +58,7 @@ def write_inputs(folder: Path, *, characters: int, chats: int) -> list[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """`longlora` in forked processes, with small groups of pieces, see `fork_server`."""
     server = str(Path(__file__).parent / "fork_server.py")
-    small = ["_GROUP_CHARACTERS=4096", "_PIECE_CHARACTERS=1024"]
+    small = ["_GROUP_BYTES=4096", "_PIECE_CHARACTERS=1024"]
     words = [sys.executable, server, str(tmp_path_factory.mktemp("logs")), *small]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true"}
     with subprocess.Popen(words, stdin=-1, stdout=-1, text=True, env=environment) as process:
@@ -123,9 +123,19 @@ def spread(count: int, seed: int) -> list[float]:
     return [*((n + rng.random()) / (count - 1) for n in range(count - 1)), rng.uniform(0.97, 1.0)]
 
 
-def test_killed_at_6_moments_and_run_again_it_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
-    arguments = write_inputs(tmp_path / "in", characters=400_000, chats=300)
+@pytest.mark.parametrize("dedup", ["none", "near"])
+def test_killed_at_6_moments_and_run_again_it_gives_the_same_bytes(
+    run: Run, tmp_path: Path, dedup: str
+) -> None:
+    arguments = [*write_inputs(tmp_path / "in", characters=400_000, chats=300), "--dedup", dedup]
+    if dedup == "near":
+        copy = (tmp_path / "in" / "a.txt").read_text().replace("\n\n", "\n\nAnother line. ", 9)
+        (tmp_path / "in" / "copy.txt").write_text(copy)
+        arguments.insert(1, str(tmp_path / "in" / "copy.txt"))
     said = kill_and_run_again(run, tmp_path, arguments, spread(6, seed=1))
+    if dedup == "near":
+        duplicates = read_manifest(tmp_path / "whole" / "data").meta["duplicates"]
+        assert [row["near"] for row in duplicates["inputs"]] == [0, 1, 0, 0]
     assert any("continuing: " in output for output in said)
 
 

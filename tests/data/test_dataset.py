@@ -153,13 +153,3 @@ def test_position_and_document_ids_follow_from_the_lengths(lengths: list[int]) -
     found = chunk(lengths)
     assert found.position_ids.tolist() == [p for length in lengths for p in range(length)]
     assert found.document_ids.tolist() == [n for n, length in enumerate(lengths) for _ in range(length)]
-
-
-def test_a_writer_counts_what_is_learnt_of_each_document(tmp_path: Path) -> None:
-    labels = np.array([IGNORE, 5, 6, IGNORE, IGNORE, 9], dtype=np.int32)
-    meta = {"tokenizer_sha256": "t", "template_sha256": "c", "max_length": 8}
-    with ChunkDataset.writing(tmp_path / "data", meta) as writer:
-        writer.add(np.arange(6, dtype=np.int32), labels, np.array([3, 2, 1], dtype=np.int32))
-        lengths, learnt = writer.documents()
-    assert lengths.tolist() == [3, 2, 1]
-    assert learnt.tolist() == [2, 0, 1]

@@ -35,6 +35,13 @@ def test_the_tokenizer_itself_is_not_changed(tokenizer: Any) -> None:
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
+def test_a_model_that_remembers_no_words_is_encoded_too() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    [ids] = SafeEncoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer)).encode_batch(["a b a"])
+    assert ids.tolist() == [1, 2, 1]
+
+
 def vocabulary_with_merges(*, ignore_merges: bool) -> Any:
     """A BPE model that can put `<s>` together from its characters."""
     vocab = {"<s>": 0, "<": 1, "s": 2, ">": 3, "<s": 4, "a": 5}

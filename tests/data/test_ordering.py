@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 
-from longlora_cli.data.ordering import GROUP, StepSampler, cost_balance, reading_order
+from longlora_cli.data.ordering import GROUP, cost_balance, reading_order
 
 COSTS = st.lists(st.floats(1, 100), max_size=300).map(np.array)
 
@@ -50,13 +49,3 @@ def test_processes_with_several_micro_batches_a_step_wait_less() -> None:
     assert balances[0] < 0.75
     assert balances[1] > 0.88
     assert balances[2] > 0.93
-
-
-def test_a_data_loader_reads_in_the_order_of_the_epoch_that_is_asked_for() -> None:
-    costs, epoch = np.random.default_rng(0).uniform(1, 3, 40), 0
-    sampler = StepSampler(costs, 5, 4, lambda: epoch)
-    loader = DataLoader(list(range(40)), sampler=sampler, batch_size=None)  # type: ignore[arg-type]
-    assert list(loader) == reading_order(costs, 5, 0, 4)
-    epoch = 1
-    assert list(loader) == reading_order(costs, 5, 1, 4)
-    assert len(loader) == 40

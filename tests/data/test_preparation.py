@@ -24,6 +24,7 @@ def test_every_piece_is_written_where_the_layout_says(tmp_path: Path) -> None:
     for tokens in (5, 20, 45, 3):
         preparation.add(document(tokens))
     assert preparation.lengths.tolist() == [5, 20, 20, 20, 5, 3]
+    assert preparation.learnt.tolist() == [4, 19, 19, 19, 4, 2]  # all but the first token of each
     with ChunkDataset.writing(tmp_path / "data", {}) as writer:
         preparation.write([[5, 0, 4], [3]], writer)
     preparation.close()
@@ -40,7 +41,7 @@ def test_counting_alone_writes_nothing_and_counts_the_same(tmp_path: Path) -> No
         real.add(document(tokens))
         dry.add(document(tokens))
     assert dry.counts == real.counts
-    assert dry.trained_tokens == real.trained_tokens == 5 + 45 + 3 - 5
+    assert dry.learnt.sum() == real.learnt.sum() == 5 + 45 + 3 - 5
     assert dry.layout(COST, packed=True, seed=1) == real.layout(COST, packed=True, seed=1)
     with (
         pytest.raises(ValueError, match="nothing was spooled"),

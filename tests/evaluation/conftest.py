@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -76,6 +78,25 @@ def tiny_loaded(tiny_model_folder: Path) -> LoadedModel:
     return load_model(
         ModelSection(model=str(tiny_model_folder), dtype="fp32", device="cpu"), context_length=512
     )
+
+
+@pytest.fixture(scope="session")
+def bos_model_folder(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a tokenizer that puts a BOS (token 0) in front of a text."""
+    folder = tmp_path_factory.mktemp("with-bos") / "model"
+    shutil.copytree(tiny_model_folder, folder)
+    path, bos = folder / "tokenizer.json", "<|endoftext|>"
+    state = json.loads(path.read_text())
+    state["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}},
+    }
+    path.write_text(json.dumps(state))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": bos}))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from longlora_cli.evaluation.journal import Journal
 from longlora_cli.evaluation.likelihood import choice_ids, weigh
 from longlora_cli.evaluation.measure_files import measure_file_task
 from longlora_cli.evaluation.scorers import UnscorableError, find_scorer
-from longlora_cli.evaluation.statistics import bootstrap_ratio
+from longlora_cli.evaluation.statistics import wilson_clustered
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
 from longlora_cli.generation import prefill as prefill_module
 from longlora_cli.generation.session import Session
@@ -130,8 +130,8 @@ def test_questions_about_one_text_are_one_cluster_of_the_interval():
         for said in said_in
     ]
     summary = scored("longbench", "hotpotqa", rows)
-    assert summary["documents"] == 3
-    assert summary["ci95"] == list(bootstrap_ratio([3.0, 0.0, 1.0], [3.0, 2.0, 2.0]))
+    assert summary["clusters"] == 3
+    assert summary["ci95"] == list(wilson_clustered([3.0, 0.0, 1.0], [3, 2, 2]))
 
 
 def test_lengths_of_ruler_and_babilong_are_means_over_tasks():

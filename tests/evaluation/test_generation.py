@@ -7,6 +7,7 @@ from longlora_cli.evaluation.generation import Question, evaluate_generation, pr
 from longlora_cli.evaluation.grid import score_grid, score_retrieval
 from longlora_cli.evaluation.journal import Journal
 from longlora_cli.evaluation.metrics import METRICS, load_metrics
+from longlora_cli.evaluation.statistics import wilson
 
 GRID = [
     Question("passkey", [length, place, sample], [f"{length}{place}{sample}"], facts)
@@ -79,6 +80,34 @@ def test_equal_questions_keep_their_own_places(answerers):
     answerer = answerers("oracle", twins, None)
     assert [row["row"] for row in rows_of(answerer, twins)] == ["f:1", "f:2"]
     assert answerer.asked == 1
+
+
+def test_rows_about_one_document_have_an_interval_that_counts_documents(answerers):
+    asked = [
+        Question("generate", [n], ["a b"], {"row": f"f:{n}", "document": f"f:{n // 5}"}, f"hash {n}")
+        for n in range(20)
+    ]
+    decode = {n: "a b" if n < 10 else "x" for n in range(20)}
+    rows = rows_of(answerers("parrot", asked, lambda ids: decode[ids[0]]), asked)
+    assert [row["sample_hash"] for row in rows] == [f"hash {n}" for n in range(20)]
+    summary = score_rows(rows, load_metrics(["accuracy", "f1"]))[0]["scores"]
+    assert (summary["accuracy"]["n"], summary["accuracy"]["clusters"]) == (20, 4)
+    assert summary["accuracy"]["ci95"] == list(wilson(2, 4))  # 4 texts, all or nothing
+    alone = [{k: v for k, v in row.items() if k != "document"} for row in rows]
+    assert score_rows(alone, load_metrics(["accuracy"]))[0]["scores"]["accuracy"]["ci95"] == list(
+        wilson(10, 20)
+    )
+
+
+def test_a_grid_counts_texts_for_a_length_and_questions_for_a_cell(answerers):
+    right = {question.references[0] for question in GRID if question.facts["sample"] == 0}
+    answers = {tuple(q.prompt): q.references[0] if q.references[0] in right else "" for q in GRID}
+    summary, _ = score_grid(rows_of(answerers("parrot", GRID, lambda ids: answers[tuple(ids)]), GRID))
+    assert [cell["ci95"] for cell in summary["cells"]] == [list(wilson(1, 2))] * 6
+    assert [length["ci95"] for length in summary["lengths"]] == [list(wilson(1, 2))] * 2  # 6 answers, 2 texts
+    assert summary["ci95"] == list(wilson(2, 4))
+    assert summary["effective_length"]["ruler"]["not_excluded"] == [512, 1024]
+    assert "effective_length" not in score_grid(rows_of(answerers("oracle", GRID, None), GRID[:6]))[0]
 
 
 def test_a_text_to_continue_is_judged_by_its_first_word():

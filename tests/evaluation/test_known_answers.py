@@ -15,7 +15,7 @@ from longlora_cli.evaluation.scorers import find_scorer
 from longlora_cli.evaluation.scorers.choices import extract_answer
 from longlora_cli.evaluation.scorers.helmet import parse_output
 from longlora_cli.evaluation.scorers.longbench import code_line
-from longlora_cli.evaluation.scorers.rouge import ROUGE_TYPES, rouge_measures
+from longlora_cli.evaluation.scorers.overlap import ROUGE_TYPES, rouge_measures
 from longlora_cli.evaluation.scorers.words import bag_f1, normalize_chinese
 
 FOLDER = Path(__file__).parent / "known_answers"

@@ -9,14 +9,8 @@ import torch
 
 from longlora_cli.data.chunk import Chunk
 from longlora_cli.errors import IncompatibleError
-from longlora_cli.evaluation.perplexity import (
-    TextLosses,
-    evaluate_chunks,
-    score_text,
-    summarize,
-    window_losses,
-)
-from longlora_cli.evaluation.windows import curve_windows, plan_windows
+from longlora_cli.evaluation.perplexity import evaluate_chunks, join, score_text, window_losses
+from longlora_cli.evaluation.windows import Reading, blocks, curve_windows, plan_windows
 
 
 @pytest.fixture
@@ -33,24 +27,88 @@ def ids():
 
 
 @torch.no_grad()
-def naive(loaded, ids, window, stride):
-    """Token by token: one forward per token over exactly the context that its window gives it."""
-    found = {}
-    for w in plan_windows(len(ids), window, stride):
-        for token in range(w.first, w.stop):
-            logits = loaded.causal_lm(torch.tensor([ids[w.start : token]])).logits[0, -1]
-            found[token] = -float(logits.double().log_softmax(-1)[ids[token]])
-    return [found[token] for token in range(1, len(ids))]
+def cost(loaded, context, token):
+    """Loss in float64 of one token after exactly these tokens, by a forward of its own."""
+    logits = loaded.causal_lm(torch.tensor([context])).logits[0, -1]
+    return -float(logits.double().log_softmax(-1)[token])
+
+
+def naive(loaded, ids, reading):
+    """Token by token over exactly the context that its window gives it."""
+    before = [] if reading.bos is None else [reading.bos]
+    return [
+        cost(loaded, before + ids[w.start : token], ids[token])
+        for w in reading.windows(len(ids))
+        for token in range(w.first, w.stop)
+    ]
 
 
 @pytest.mark.parametrize(("window", "stride"), [(32, 16), (48, 48), (40, 7), (150, 75), (400, 200)])
-def test_losses_equal_a_token_by_token_loop(tiny_loaded, ids, window, stride):
-    found = score_text(tiny_loaded, ids, window=window, stride=stride, chunk=4096)
-    expected = naive(tiny_loaded, ids, window, stride)
-    np.testing.assert_allclose(found.nll, expected, rtol=2e-5)
-    assert len(found.nll) == len(ids) - 1
-    assert found.windows[:, 1].sum() == len(ids) - 1
-    assert found.windows[:, 0].sum() == pytest.approx(sum(expected), rel=1e-5)
+@pytest.mark.parametrize("bos", [None, 0])
+def test_losses_equal_a_token_by_token_loop_in_float64(double, ids, window, stride, bos):
+    reading = Reading(window, stride, bos=bos)
+    found = score_text(double, ids, reading)
+    expected = naive(double, ids, reading)
+    np.testing.assert_allclose(found.nll, expected, rtol=1e-6)  # kept in float32
+    scored = len(ids) - (bos is None)
+    assert len(found.nll) == scored
+    assert found.windows[:, 1].sum() == scored
+    assert found.windows[:, 0].sum() == pytest.approx(sum(expected), rel=1e-12)
+
+
+def naive_short(loaded, ids, start, reading):
+    """A window of the curve again, each token by itself after its short context."""
+    before = [] if reading.bos is None else [reading.bos]
+    own = ids[start : start + reading.text_tokens]
+    size, step = reading.short - len(before), min(reading.short // 2, reading.short - 1)
+    costs = []
+    for token in range(reading.first, len(own)):
+        # The first of the windows every half short context that reaches the token.
+        begin = next(b for b in range(0, len(own), step) if b + size > token)
+        costs.append(cost(loaded, before + own[begin:token], own[token]))
+    return costs
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize("short", [2, 11, 16, 39])
+def test_short_context_losses_are_of_the_same_tokens_in_the_same_places(double, ids, bos, short):
+    reading = Reading(40, 20, bos=bos, short=short)
+    found = score_text(double, ids, reading)
+    starts = [w.start for w in reading.curve(reading.windows(len(ids)))]
+    assert len(starts) == 3
+    assert found.short.shape == found.curve.shape == (3, 39)
+    for row, start in enumerate(starts):
+        np.testing.assert_allclose(found.short[row], naive_short(double, ids, start, reading), rtol=1e-6)
+        own = ids[start : start + reading.text_tokens]
+        full = [
+            cost(double, ([] if bos is None else [bos]) + own[:token], own[token])
+            for token in range(reading.first, len(own))
+        ]
+        np.testing.assert_allclose(found.curve[row], full, rtol=1e-6)
+    assert (found.short[:, : short - 1] == found.curve[:, : short - 1]).all()
+    assert (found.short[:, short - 1 :] != found.curve[:, short - 1 :]).mean() > 0.9
+
+
+def test_a_text_below_the_window_has_its_short_context_over_the_whole(double, ids):
+    reading = Reading(400, 200, short=32, whole=True)
+    found = score_text(double, ids, reading)
+    assert found.short.shape == (1, len(ids) - 1)
+    assert found.curve.shape == (0, 399)
+    np.testing.assert_array_equal(found.short[0, :31], found.nll[:31])
+    again = score_text(double, ids, Reading(32, 16))
+    np.testing.assert_allclose(found.short[0], again.nll, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bos", [None, 0])
+@pytest.mark.parametrize(("most_tokens", "number"), [(1, 7), (100, 4), (10_000, 1)])
+def test_a_text_scored_in_runs_of_windows_has_the_losses_of_the_whole(double, ids, bos, most_tokens, number):
+    reading = Reading(40, 20, bos=bos, short=16)
+    whole = score_text(double, ids, reading)
+    runs = list(blocks(reading.windows(len(ids)), most_tokens))
+    assert len(runs) == number
+    joined = join([score_text(double, ids, reading, windows=run) for run in runs])
+    for name in ("nll", "windows", "curve", "short"):
+        np.testing.assert_allclose(getattr(joined, name), getattr(whole, name), rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32, 63])
@@ -88,52 +146,20 @@ def forwards(tiny_loaded, monkeypatch):
 
 
 def test_one_forward_never_reads_more_than_a_chunk(tiny_loaded, ids, forwards):
-    score_text(tiny_loaded, ids, window=100, stride=50, chunk=40)
+    score_text(tiny_loaded, ids, Reading(100, 50, chunk=40))
     assert max(tokens for tokens, _ in forwards) <= 40
     forwards.clear()
-    score_text(tiny_loaded, ids, window=20, stride=10, chunk=64)
+    score_text(tiny_loaded, ids, Reading(20, 10, chunk=64))
     assert 40 < max(tokens for tokens, _ in forwards) <= 64
 
 
 def test_the_curve_holds_the_losses_of_whole_disjoint_windows(tiny_loaded, ids):
-    found = score_text(tiny_loaded, ids, window=32, stride=16, chunk=4096)
+    found = score_text(tiny_loaded, ids, Reading(32, 16, chunk=4096))
     chosen = curve_windows(plan_windows(len(ids), 32, 16), 32)
     assert found.curve.shape == (len(chosen), 31) == (4, 31)
     for row, w in zip(found.curve, chosen, strict=True):
         alone = window_losses(tiny_loaded, torch.tensor([ids[w.start : w.stop]]), [1], chunk=4096)
         np.testing.assert_allclose(row, alone[0, 1:], rtol=1e-5)
-
-
-def as_losses(nll, curve=None, window=4):
-    nll = np.array(nll, dtype=np.float32)
-    curve = np.zeros((0, window - 1)) if curve is None else curve
-    return TextLosses(nll, np.array([[nll.sum(), len(nll)]]), np.array(curve, dtype=np.float32))
-
-
-def test_micro_macro_and_bits_per_byte_are_their_formulas():
-    found = summarize([as_losses([2.0] * 100), as_losses([3.0] * 900)], [400, 3600], window=4)
-    assert found["perplexity"] == pytest.approx(18.1741453694)
-    assert found["perplexity_macro"] == pytest.approx(12.1824939607)
-    assert found["bits_per_byte"] == pytest.approx(2900 / math.log(2) / 4000)
-    assert (found["n"], found["texts"], found["windows"]) == (1000, 2, 2)
-
-
-def test_buckets_hold_the_tokens_that_had_that_much_context():
-    curve = (
-        np.tile(np.arange(1, 300, dtype=np.float32), (2, 1)) / 100
-    )  # a token with c of context costs c/100
-    found = summarize([as_losses([1.0], curve, window=300)], [1], window=300)
-    means = {(b["from"], b["to"]): (b["n"], b["nll"]) for b in found["by_position"]}
-    assert means[0, 128] == (254, pytest.approx(np.arange(1, 128).mean() / 100))
-    assert means[128, 256] == (256, pytest.approx(np.arange(128, 256).mean() / 100))
-    assert means[256, 300] == (88, pytest.approx(np.arange(256, 300).mean() / 100))
-    assert (found["curve_windows"], found["curve_source"]) == (2, "full windows")
-
-
-def test_texts_shorter_than_the_window_stand_in_for_windows():
-    found = summarize([as_losses([1.0] * 10), as_losses([2.0] * 200)], [10, 10], window=256)
-    assert found["curve_source"] == "whole texts"
-    assert [(b["from"], b["n"]) for b in found["by_position"]] == [(0, 137), (128, 73)]
 
 
 def make_chunk(lengths, masked, seed=0):
@@ -193,7 +219,7 @@ def test_nothing_scored_is_nan_and_not_a_perplexity_of_1(tiny_loaded):
 def test_a_model_that_changes_its_logits_is_refused(tiny_loaded, ids, monkeypatch):
     monkeypatch.setattr(tiny_loaded.causal_lm.config, "logits_scaling", 2.0, raising=False)
     with pytest.raises(IncompatibleError, match="more than one matrix product"):
-        score_text(tiny_loaded, ids, window=32, stride=16, chunk=64)
+        score_text(tiny_loaded, ids, Reading(32, 16, chunk=64))
 
 
 def test_dynamic_positions_are_read_in_one_piece(tiny_loaded, ids, forwards):

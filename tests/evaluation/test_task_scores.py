@@ -142,7 +142,7 @@ class Says:
 
 def test_a_question_brings_its_own_limit_stop_scorer_and_extra():
     questions = [
-        Question("t", [1], ["yes"], {"length": 8}, 7, ("\n",), "synthetic.answer", {"task": "x"}),
+        Question("t", [1], ["yes"], {"length": 8}, "", 7, ("\n",), "synthetic.answer", {"task": "x"}),
         Question("t", [2], ["yes"]),
     ]
     answerer = Says()

@@ -176,6 +176,36 @@ def test_each_of_several_questions_is_asked_alone(tmp_path, tokenizer):
     assert [row.place for row in read_rows(path, max_samples=2)] == ["1.1", "1.2"]
 
 
+def test_questions_about_one_text_say_so_and_their_hash_holds_no_tokenizer(
+    tmp_path, tokenizer, bare_tokenizer
+):
+    questions = [{"input": f"q{n}", "answers": [f"a{n}"]} for n in (1, 2)]
+    path = write(
+        tmp_path / "rows.jsonl", {"context": "Once.", "questions": questions}, {"input": "q", "outputs": "a"}
+    )
+    asked = read_questions(path, tokenizer)
+    assert [q.facts.get("document") for q in asked] == ["rows.jsonl:1", "rows.jsonl:1", None]
+    assert len({q.sample_hash for q in asked}) == 3
+    assert [q.sample_hash for q in read_questions(path, bare_tokenizer)] == [q.sample_hash for q in asked]
+    other = write(tmp_path / "other.jsonl", {"input": "q", "outputs": "b"})
+    assert read_questions(other, tokenizer)[0].sample_hash != asked[2].sample_hash
+
+
+@MAKERS
+def test_equal_samples_have_equal_hashes_and_no_others_have(haystack, tokenizer, make):
+    once, again = make(haystack, tokenizer), make(haystack, tokenizer)
+    assert [q.sample_hash for q in once] == [q.sample_hash for q in again]
+    assert len({q.sample_hash for q in once}) == len(once)
+    other = make(haystack, tokenizer, seed=1)
+    assert not {q.sample_hash for q in once} & {q.sample_hash for q in other}
+
+
+def test_the_hash_of_a_haystack_knows_its_texts_and_where_they_end():
+    whole = Haystack(["One two. Three."])
+    assert whole.sha256 == Haystack(["One two. Three."]).sha256
+    assert len({h.sha256 for h in (whole, Haystack(["One two. ", "Three."]), Haystack(["One two."]))}) == 3
+
+
 def test_rows_may_be_compressed(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"input": "q", "outputs": "a"})
     packed = tmp_path / "rows.jsonl.xz"

@@ -6,9 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from longlora_cli.errors import DataError, NotFoundError
-from longlora_cli.models.tokenizer import load_tokenizer, template_sha256, tokenizer_sha256
+from longlora_cli.models.tokenizer import (
+    GENERIC_CLASSES,
+    GENERIC_MODEL_TYPES,
+    load_tokenizer,
+    takes_tokenizer_json_as_it_is,
+    template_sha256,
+    tokenizer_sha256,
+)
 
 
 @pytest.fixture
@@ -86,3 +94,35 @@ def test_code_beside_a_tokenizer_is_not_run(folder: Path, tmp_path: Path) -> Non
     with contextlib.suppress(DataError):
         load_tokenizer(folder)
     assert not marker.exists()
+
+
+def of_type(folder: Path, tokenizer_class: str, model_type: str) -> Path:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": tokenizer_class}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type} if model_type else {}))
+    return folder
+
+
+@pytest.mark.parametrize("model_type", GENERIC_MODEL_TYPES)
+@pytest.mark.parametrize("tokenizer_class", GENERIC_CLASSES)
+def test_without_torch_a_folder_gives_the_tokenizer_that_auto_tokenizer_gives(
+    folder: Path, tokenizer_class: str, model_type: str
+) -> None:
+    of_type(folder, tokenizer_class, model_type)
+    assert takes_tokenizer_json_as_it_is(folder)
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    states = [{k: repr(v) for k, v in vars(each).items() if k != "_tokenizer"} for each in (ours, theirs)]
+    assert states[0] == states[1]
+
+
+def test_what_auto_tokenizer_would_not_read_as_it_is_is_left_to_it(folder: Path) -> None:
+    of_type(folder, "TokenizersBackend", "qwen2")  # its tokenizers are known to name the wrong class
+    assert not takes_tokenizer_json_as_it_is(folder)
+    assert type(load_tokenizer(folder)) is type(AutoTokenizer.from_pretrained(str(folder)))
+    assert not takes_tokenizer_json_as_it_is(of_type(folder, "Qwen2Tokenizer", "llama"))
+    of_type(folder, "TokenizersBackend", "llama")
+    assert takes_tokenizer_json_as_it_is(folder)
+    (folder / "config.json").write_text("[")
+    assert not takes_tokenizer_json_as_it_is(folder)

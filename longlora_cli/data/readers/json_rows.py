@@ -7,6 +7,7 @@ memory of a row, a fault has its line, and both kinds of file follow the same ru
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ from longlora_cli.data.document import Document
 from longlora_cli.data.faults import Faults, shown
 from longlora_cli.data.readers.opening import (
     MOST_BYTES,
+    MOST_HELD_BYTES,
     InputFile,
     decode_utf8,
+    decoded_bytes,
     not_utf8,
     note_other_encoding,
 )
@@ -25,6 +28,9 @@ from longlora_cli.data.readers.row_loop import NumberedRow, documents_of
 from longlora_cli.data.row_values import RowFault
 from longlora_cli.data.strict_json import Decoder, end_of_space, parse_json
 
+# A shorter line takes less memory than there is for one, whatever is in it: three times its text of four bytes a
+# character.
+_LONG_BYTES = MOST_HELD_BYTES // 12
 # An error this near to the end of what was read may only mean that more must be read: 16 characters are longer
 # than any literal or escape (\ud83d\ude00 has 12).
 _CUT_CHARACTERS = 16
@@ -49,7 +55,7 @@ def json_lines(path: Path, faults: Faults) -> Iterator[NumberedRow]:
 
     Args:
         path: The file.
-        faults: Is given what ends the reading: another encoding, a damaged compressed file, a line above 1 GiB.
+        faults: Is given what ends the reading: another encoding, a damaged compressed file, a line above 480 MB.
     """
     start = number = 0
     with InputFile(path) as file:
@@ -86,16 +92,35 @@ def _next_line(file: InputFile, faults: Faults, number: int) -> bytes:
 
 def _decode_line(line: bytes, *, is_first: bool, start: int) -> str:
     """The text of a line that begins at byte `start` of its file, without its end."""
-    line = line.rstrip(b"\r\n")
+    mark = len(codecs.BOM_UTF8) if is_first and line.startswith(codecs.BOM_UTF8) else 0
+    end = len(line)
+    while end > mark and line[end - 1] in b"\r\n":
+        end -= 1
+    if end > _LONG_BYTES:
+        _refuse_too_long(line)
     try:
-        text = line.decode("utf-8-sig" if is_first else "utf-8")
+        # Of a view: a copy of a line of 400 MB without its end is another 400 MB.
+        text, _ = codecs.utf_8_decode(memoryview(line)[mark:end], "strict", True)
     except UnicodeDecodeError as error:
-        # utf-8-sig counts from behind the mark.
-        mark = len(line) - len(error.object)
         raise RowFault(not_utf8(line, mark + error.start, start)) from error
     if "\0" in text:
         raise RowFault(f"byte {start + line.index(0)} is NUL")
     return text
+
+
+def _refuse_too_long(line: bytes) -> None:
+    """Raise where a row takes more memory than there is for one: it is there as bytes and as text, then as text and as
+    value, and with escapes in it the value is put together from its parts.
+    """
+    text_bytes, parts_bytes = decoded_bytes(line)
+    value_bytes = text_bytes + parts_bytes if b"\\" in line else text_bytes
+    held_bytes = text_bytes + max(len(line), value_bytes)
+    if held_bytes > MOST_HELD_BYTES:
+        raise RowFault(
+            f"the line takes {held_bytes // 1_000_000:,} MB of memory while it is read, and one document may take "
+            f"{MOST_HELD_BYTES // 1_000_000}",
+            hint="Make it several rows, or a text file of its own.",
+        )
 
 
 def read_json(path: Path, *, format: str | None = None) -> Iterator[Document]:

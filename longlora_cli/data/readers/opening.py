@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import lzma
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +23,10 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes of compressed files that are read without unpacking them first."""
 
 MOST_BYTES = 1 << 30
-"""Largest text, line or marked-up file: one document is held in memory, decoded and tokenized."""
+"""Largest marked-up file, book or row of an array: one document is held in memory, decoded and tokenized."""
+
+MOST_HELD_BYTES = 960_000_000
+"""Memory for one text or row and the copies of it that reading makes."""
 
 _BLOCK_BYTES = 1 << 20
 _REPLACEMENT = "\ufffd"
@@ -83,11 +87,14 @@ class InputFile:
         """The next line with its newline; empty at the end. It belongs to the caller alone.
 
         Raises:
-            RowFault: The compressed data is damaged or cut off, or the line is longer than 1 GiB.
+            RowFault: The compressed data is damaged or cut off, or the line is longer than 480 MB.
         """
-        line = self._read(self._stream.readline, MOST_BYTES + 1)
-        if len(line) > MOST_BYTES:
-            raise RowFault("the line is longer than 1 GiB, which is more than one document may have")
+        most = MOST_HELD_BYTES // 2  # in parts while it is read, and then as one
+        line = self._read(self._stream.readline, most + 1)
+        if len(line) > most:
+            raise RowFault(
+                f"the line is longer than {most // 1_000_000} MB, which is more than one document may have"
+            )
         return line
 
     def lines(self) -> Iterator[bytes]:
@@ -149,6 +156,36 @@ def decode_utf8(blocks: Iterable[bytes], faults: Faults) -> Iterator[str]:
         offset, rest = offset + used, data[used:]
         if faults.is_full:
             return
+
+
+def character_bytes(text: str) -> int:
+    """Memory that each character of a text takes: 1, 2 or 4 bytes, by the highest of them."""
+    if text.isascii():
+        return 1
+    if len(text) < 64:  # so short a text's own size says little
+        top = ord(max(text))
+        return 1 if top < 1 << 8 else 2 if top < 1 << 16 else 4
+    return (sys.getsizeof(text) - sys.getsizeof("")) // len(text)
+
+
+def decoded_bytes(data: bytes) -> tuple[int, int]:
+    """Memory that UTF-8 takes as text, and in parts that backslashes end, found without making either.
+
+    The second is an upper bound: a character that takes 4 bytes counts for all from one block with a backslash to the
+    next. Bytes that are not UTF-8 count as characters.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    characters, width, parts_bytes, part_characters, part_width = 0, 1, 0, 0, 1
+    for start in range(0, len(data), _BLOCK_BYTES):
+        text = decoder.decode(data[start : start + _BLOCK_BYTES])
+        own_width = character_bytes(text)
+        characters, width = characters + len(text), max(width, own_width)
+        part_characters, part_width = part_characters + len(text), max(part_width, own_width)
+        if "\\" in text:
+            rest = len(text) - 1 - text.rindex("\\")
+            parts_bytes += (part_characters - rest) * part_width
+            part_characters, part_width = rest, own_width
+    return characters * width, parts_bytes + part_characters * part_width
 
 
 def note_other_encoding(data: bytes, faults: Faults) -> bool:

@@ -42,6 +42,7 @@ def documents_of(
         del value
         if not len(faults):
             yield Document(f"{faults.name}:{line}", row.content, size_bytes, row.format, row.tools)
+        del row  # before the next one is read
     if is_empty and not len(faults):
         faults.add(1, empty)
     faults.raise_if_any()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longlora_cli.data.document import Document
 from longlora_cli.data.faults import Faults
-from longlora_cli.data.readers.opening import MOST_BYTES, InputFile, decode_utf8
+from longlora_cli.data.readers.opening import MOST_HELD_BYTES, InputFile, character_bytes, decode_utf8
 from longlora_cli.data.rows import RowFault
 
 
@@ -33,13 +33,19 @@ def whole_text(file: InputFile, faults: Faults) -> str:
     Decoded in blocks: in memory are the text twice at most, once in pieces and once joined.
     """
     parts: list[str] = []
-    characters = 0
+    characters = held_bytes = 0
+    width = 1
     try:
         for part in decode_utf8(file.blocks(), faults):
             parts.append(part)
             characters += len(part)
-            if characters > MOST_BYTES:
-                raise RowFault("the file is longer than 1 GiB, which is more than one document may have")
+            width = max(width, character_bytes(part))
+            held_bytes += character_bytes(part) * len(part)
+            if held_bytes + characters * width > MOST_HELD_BYTES:
+                raise RowFault(
+                    f"the file takes more than {MOST_HELD_BYTES // 1_000_000:,} MB of memory while it is read, {width} "
+                    "bytes a character and twice, which is more than one document may have"
+                )
     except RowFault as fault:
         faults.add(1 + sum(part.count("\n") for part in parts), str(fault))
     if len(faults):

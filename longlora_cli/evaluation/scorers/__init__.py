@@ -7,8 +7,8 @@ Each has a version that is stored with its results: numbers of different version
 
 from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Scorer, Scores, UnscorableError
 from longlora_cli.evaluation.scorers.matching import accuracy, exact_match, f1, holds_answer, same_answer
+from longlora_cli.evaluation.scorers.overlap import ROUGE_TYPES, rouge
 from longlora_cli.evaluation.scorers.registry import ALL, SCORERS, Choice, check_metrics, find_scorer
-from longlora_cli.evaluation.scorers.rouge import ROUGE_TYPES, rouge
 from longlora_cli.evaluation.scorers.words import normalize_answer, word_f1
 
 __all__ = [

@@ -91,19 +91,22 @@ def bare_task(task: str, family: str) -> str:
 
 
 def needed_package(name: str) -> Any:
-    """Import a package that only some scorers need.
+    """Import a module of a package that only some scorers need.
 
     Raises:
         SettingsError: It is not installed; the message says what to install. No other metric takes its place.
     """
+    package = name.split(".")[0]
     try:
         with warnings.catch_warnings():
             # jieba 0.42.1 has invalid escapes in its patterns and asks for pkg_resources; both work and both warn.
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != package:
+            raise  # it is there, but broken
         raise SettingsError(
-            f"this scorer needs the package {name}, which is not installed",
+            f"this scorer needs the package {package}, which is not installed",
             rule="No other metric is used in its place.",
-            hint=f"pip install '{_INSTALL[name]}'",
+            hint=f"pip install '{_INSTALL[package]}'",
         ) from error

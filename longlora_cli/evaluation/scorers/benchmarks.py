@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Scorer, Scores, UnscorableError
-from longlora_cli.evaluation.scorers.rouge import rouge_measures
+from longlora_cli.evaluation.scorers.overlap import rouge_measures
 from longlora_cli.evaluation.scorers.synthetic import contained
 
 _DIGITS = re.compile(r"\d+")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Scores
-from longlora_cli.evaluation.scorers.rouge import rouge_measures
+from longlora_cli.evaluation.scorers.overlap import rouge_measures
 from longlora_cli.evaluation.scorers.words import bag_f1, normalize_answer
 
 KEYS = (
@@ -18,6 +18,7 @@ KEYS = (
     "rougeLsum_f1",
     "rougeLsum_recall",
 )
+_ROUGE = ("rougeL", "rougeLsum")
 _GUARDED = ("yes", "no", "noanswer")
 _ANSWER = re.compile(r"answer:(.*)(?:\n|$)", re.IGNORECASE)
 
@@ -41,13 +42,13 @@ def raw(prediction: str, references: Sequence[str], extra: Extra = NOTHING) -> S
     """Exact match, F1 with the guard, substring match, ROUGE-L and -Lsum with stemmer; each its best reference's."""
     said = normalize_answer(prediction)
     normal = [normalize_answer(reference) for reference in references]
-    measures = [rouge_measures(prediction, reference, stem=True) for reference in references]
+    measures = [rouge_measures(prediction, reference, stem=True, kinds=_ROUGE) for reference in references]
     scores = {
         "f1": max(guarded_f1(prediction, reference) for reference in references),
         "exact_match": float(said in normal),
         "substring_exact_match": float(any(reference in said for reference in normal)),
     }
-    for kind in ("rougeL", "rougeLsum"):
+    for kind in _ROUGE:
         scores[f"{kind}_f1"] = max(found[kind]["f"] for found in measures)
         scores[f"{kind}_recall"] = max(found[kind]["r"] for found in measures)
     return scores

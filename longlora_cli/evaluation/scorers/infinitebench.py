@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from longlora_cli.evaluation.scorers.base import NOTHING, Extra, Scores, UnscorableError, field, task_of
-from longlora_cli.evaluation.scorers.rouge import best_measures
+from longlora_cli.evaluation.scorers.overlap import best_measures
 from longlora_cli.evaluation.scorers.words import (
     bag_f1,
     normalize_chinese,
@@ -99,12 +99,13 @@ def _key_value(said: str, references: Sequence[Any], extra: Extra) -> float:
 
 
 def _code_run(said: str, references: Sequence[Any], extra: Extra) -> float:
+    wanted = [_whole(reference) for reference in references]
     words = _blank_out(said, "\n.`'\":").split()
     try:
         value = int(words[-1])
     except (IndexError, ValueError):
         return 0.0  # by rule: an answer whose last word is no whole number is wrong
-    return value in [_whole(reference) for reference in references]
+    return value in wanted
 
 
 def _math_find(said: str, references: Sequence[Any], extra: Extra) -> float:
@@ -192,7 +193,8 @@ def _qa_chinese_06(said: str, references: Sequence[Any], extra: Extra) -> float:
 
 
 def _summary_06(said: str, references: Sequence[Any], extra: Extra) -> float:
-    return best_measures(said, [str(reference) for reference in references], stem=False)["rougeLsum"]
+    texts = [str(reference) for reference in references]
+    return best_measures(said, texts, stem=False, kinds=("rougeLsum",))["rougeLsum"]
 
 
 # 2024-08 --------------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def _qa_chinese_08(said: str, references: Sequence[Any], extra: Extra) -> float:
 
 
 def _summary_08(said: str, references: Sequence[Any], extra: Extra) -> float:
-    return best_measures(said, [str(references[0])], stem=True)["rougeLsum"]
+    return best_measures(said, [str(references[0])], stem=True, kinds=("rougeLsum",))["rougeLsum"]
 
 
 _SHARED: dict[str, Rule] = {

@@ -21,7 +21,7 @@ from longlora_cli.evaluation.scorers.base import (
     needed_package,
     task_of,
 )
-from longlora_cli.evaluation.scorers.rouge import rouge_measures, sentence_union_rouge
+from longlora_cli.evaluation.scorers.overlap import rouge_measures, sentence_union_rouge
 from longlora_cli.evaluation.scorers.words import bag_f1, chinese_words, normalize_chinese, word_f1
 
 Rule = Callable[[str, str, Extra], float]
@@ -124,8 +124,6 @@ def code_sim(prediction: str, reference: str, extra: Extra = NOTHING) -> float:
 def code_sim_difflib(prediction: str, reference: str, extra: Extra = NOTHING) -> float:
     """What `code_sim` is where python-Levenshtein is not installed: difflib's ratio, lower for moved text."""
     line = code_line(prediction)
-    if line == reference or not line or not reference:
-        return float(line == reference)
     return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
 
 
@@ -135,9 +133,7 @@ def code_sim_lm_eval(prediction: str, reference: str, extra: Extra = NOTHING) ->
 
 
 def edit_percent(first: str, second: str) -> int:
-    """fuzzywuzzy's `fuzz.ratio`: 0 where one text is empty, else 100 * 2M/T to the nearest whole number."""
-    if first == second or not first or not second:
-        return 100 * (first == second)
+    """fuzzywuzzy's `fuzz.ratio`: 100 * 2M/T to the nearest whole number; 100 for two empty texts."""
     indel = needed_package("rapidfuzz.distance.Indel")
     return round(100 * indel.normalized_similarity(first, second))
 
@@ -149,7 +145,7 @@ def rouge_lm_eval(prediction: str, reference: str, extra: Extra = NOTHING) -> fl
 
 def rouge_of_google(prediction: str, reference: str, extra: Extra = NOTHING) -> float:
     """rouge_score's ROUGE-L F in place of `rouge`'s: not LongBench's number, but what other papers call ROUGE-L."""
-    return rouge_measures(prediction, reference, stem=False)["rougeL"]["f"]
+    return rouge_measures(prediction, reference, stem=False, kinds=("rougeL",))["rougeL"]["f"]
 
 
 def no_rouge_zh(prediction: str, reference: str, extra: Extra = NOTHING) -> float:

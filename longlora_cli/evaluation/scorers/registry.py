@@ -16,7 +16,7 @@ from longlora_cli.evaluation.scorers import (
     infinitebench,
     longbench,
     matching,
-    rouge,
+    overlap,
     structured,
     synthetic,
 )
@@ -55,7 +55,7 @@ def _helmet(name: str, score: Score) -> Scorer:
 SCORERS = {
     scorer.name: scorer
     for scorer in (
-        Scorer("rouge", "rouge@rouge_score-0.1.2-no-stemmer", rouge.ROUGE_TYPES, False, rouge.rouge),
+        Scorer("rouge", "rouge@rouge_score-0.1.2-no-stemmer", overlap.ROUGE_TYPES, False, overlap.rouge),
         Scorer("f1", "f1@longbench-2e00731", ("f1",), False, matching.f1),
         Scorer("exact_match", "exact_match@squad-normalized", ("exact_match",), True, matching.exact_match),
         Scorer("accuracy", "accuracy@contains-any", ("accuracy",), True, matching.accuracy),
@@ -67,7 +67,7 @@ _GRAPH_KEYS = ("f1", "flexible_f1")
 # The first of a name is what the name alone means.
 ALL: tuple[Scorer, ...] = (
     *SCORERS.values(),
-    Scorer("rouge", "rouge@rouge_score-0.1.2-stemmer", rouge.ROUGE_TYPES, False, rouge.rouge_stemmed),
+    Scorer("rouge", "rouge@rouge_score-0.1.2-stemmer", overlap.ROUGE_TYPES, False, overlap.rouge_stemmed),
     _longbench("", _AT, longbench.by_task(longbench.RULES)),
     _longbench("", "no-levenshtein", longbench.by_task(longbench.RULES_NO_LEVENSHTEIN)),
     _longbench("", "rouge_score", longbench.by_task(longbench.RULES_ROUGE_SCORE)),

@@ -17,7 +17,7 @@ from longlora_cli.data.haystack import Haystack
 from longlora_cli.data.synthetic import RetrievalChat, make_retrieval_chat
 from longlora_cli.data.wordings import Wording
 from longlora_cli.errors import DataError, SettingsError
-from longlora_cli.evaluation.generation import Question
+from longlora_cli.evaluation.generation import Question, hash_sample
 
 TASK = "needle"
 _TRIES = 4
@@ -106,7 +106,8 @@ def _fit(
         budget += room - tokens
     if best is None:
         raise _too_short(length)
-    prompts = [encode_prompt(tokenizer, [turn]) for turn in _first_turns(best)]
+    turns = _first_turns(best)
+    prompts = [encode_prompt(tokenizer, [turn]) for turn in turns]
     return [
         Question(
             TASK,
@@ -119,6 +120,7 @@ def _fit(
                 "sample": sample,
                 "question": best.facts[number].question,
             },
+            hash_sample(turns[part]["content"], [best.facts[number].answer]),
         )
         for part, number in enumerate(best.asked)
     ]

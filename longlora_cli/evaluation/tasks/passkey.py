@@ -16,7 +16,7 @@ from longlora_cli.data.chat_template import encode_prompt
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.haystack import Haystack, Sentence
 from longlora_cli.errors import SettingsError
-from longlora_cli.evaluation.generation import Question, Row
+from longlora_cli.evaluation.generation import Question, Row, hash_sample
 
 TASK = "passkey"
 NOISE = (
@@ -71,7 +71,7 @@ def passkey_questions(
     """
     for sample in range(first_sample, first_sample + samples):
         rng = random.Random(f"passkey:{seed}:{length}:{sample}")
-        bare = len(_prompt(tokenizer, [], 0, "88888"))
+        bare = len(_encode(tokenizer, _text([], 0, "88888")))
         budget = length - answer_tokens - bare - _SLACK_TOKENS
         if budget < 1:
             raise SettingsError(
@@ -81,11 +81,11 @@ def passkey_questions(
         filler, counts = _fill(haystack, tokenizer, rng, budget)
         for depth in reversed(depth_shares(depths)):
             key = _new_key(rng, filler)
-            prompt, actual = _place(tokenizer, filler, counts, depth, key, length - answer_tokens)
+            prompt, actual, text = _place(tokenizer, filler, counts, depth, key, length - answer_tokens)
             facts: Row = {"length": length, "depth": depth, "actual_depth": actual, "sample": sample}
             if not tokenizer.chat_template:
                 facts["first_word"] = True
-            yield Question(TASK, prompt, [key], facts)
+            yield Question(TASK, prompt, [key], facts, hash_sample(text, [key]))
 
 
 def _fill(
@@ -117,21 +117,25 @@ def _new_key(rng: random.Random, filler: Sequence[Sentence]) -> str:
 
 def _place(
     tokenizer: Any, filler: list[Sentence], counts: list[int], depth: float, key: str, limit: int
-) -> tuple[list[int], float]:
-    """The prompt with the key at the sentence nearest to `depth`, and the depth it got."""
+) -> tuple[list[int], float, str]:
+    """The prompt with the key at the sentence nearest to `depth`, the depth it got, and its text."""
     while True:
         ends = list(accumulate(counts, initial=0))
         gap = min(range(len(ends)), key=lambda place: abs(ends[place] - depth * ends[-1]))
-        prompt = _prompt(tokenizer, filler, gap, key)
+        text = _text(filler, gap, key)
+        prompt = _encode(tokenizer, text)
         if len(prompt) <= limit or not filler:
-            return prompt, ends[gap] / max(ends[-1], 1)
+            return prompt, ends[gap] / max(ends[-1], 1), text
         filler, counts = filler[:-1], counts[:-1]  # joints cost more than the slack: rare
 
 
-def _prompt(tokenizer: Any, filler: Sequence[Sentence], gap: int, key: str) -> list[int]:
+def _text(filler: Sequence[Sentence], gap: int, key: str) -> str:
     before = "".join(sentence.text + sentence.joint for sentence in filler[:gap])
     after = "".join(sentence.text + sentence.joint for sentence in filler[gap:])
-    text = f"{before}{_SENTENCE.format(key=key)} {after}".rstrip()
+    return f"{before}{_SENTENCE.format(key=key)} {after}".rstrip()
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
     if tokenizer.chat_template:
         return encode_prompt(tokenizer, [{"role": "user", "content": f"{text}\n\n{_QUESTION}"}])
     encoder = safe_encoder(tokenizer)

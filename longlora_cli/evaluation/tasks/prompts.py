@@ -10,7 +10,7 @@ from typing import Any
 from longlora_cli.data.chat_template import count_prompt, encode_prompt
 from longlora_cli.data.counting import token_counter
 from longlora_cli.data.encoding import safe_encoder
-from longlora_cli.evaluation.generation import Question
+from longlora_cli.evaluation.generation import Question, hash_sample
 from longlora_cli.evaluation.tasks.sample import Sample
 
 
@@ -50,6 +50,11 @@ def prompt_tokens(tokenizer: Any, sample: Sample) -> int:
     return len(safe_encoder(tokenizer).begin) + counter.count(plain_text(sample))
 
 
+def hash_of(sample: Sample) -> str:
+    """The hash by which the answers of two models to one sample are paired."""
+    return hash_sample([sample.messages, sample.answer_prefix], sample.outputs)
+
+
 def question_of(tokenizer: Any, sample: Sample) -> Question:
     """The sample as a question."""
     return Question(
@@ -57,6 +62,7 @@ def question_of(tokenizer: Any, sample: Sample) -> Question:
         prompt_ids(tokenizer, sample),
         sample.outputs,
         {"id": sample.id, **sample.facts},
+        hash_of(sample),
         max_new_tokens=sample.max_new_tokens,
         stop=sample.stop,
         scorer=sample.scorer,

@@ -14,7 +14,7 @@ from longlora_cli.data.readers.json_rows import json_lines
 from longlora_cli.data.rows import RowFault, read_row, unknown_keys
 from longlora_cli.data.tool_turns import Tools, has_tools
 from longlora_cli.errors import DataError
-from longlora_cli.evaluation.generation import Question
+from longlora_cli.evaluation.generation import Question, hash_sample
 
 TASK = "generate"
 
@@ -88,7 +88,7 @@ def _questions_of(line: int, value: Any) -> list[Row]:
 
 
 def row_questions(rows: list[Row], tokenizer: Any, *, name: str) -> Iterator[Question]:
-    """Questions with the fact `row` (`name:line`), in the order of the file.
+    """Questions with the facts `row` (`name:line`) and, where a line asks several, `document`; in the file's order.
 
     With a chat template the prompt is a chat; without one, the texts of the turns, each followed by a
     newline.
@@ -114,7 +114,12 @@ def row_questions(rows: list[Row], tokenizer: Any, *, name: str) -> Iterator[Que
             encoder = safe_encoder(tokenizer)
             text = "".join(message["content"] + "\n" for message in row.messages)
             prompt = [*encoder.begin, *encoder.encode_batch([text])[0].tolist()]
-        yield Question(TASK, prompt, row.references, {"row": f"{name}:{row.place}"})
+        facts = {"row": f"{name}:{row.place}"}
+        line, dot, _ = row.place.partition(".")
+        if dot:  # several questions about one text
+            facts["document"] = f"{name}:{line}"
+        sample_hash = hash_sample([row.messages, row.tools], row.references)
+        yield Question(TASK, prompt, row.references, facts, sample_hash)
 
 
 def read_questions(path: Path, tokenizer: Any, *, max_samples: int | None = None) -> list[Question]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.errors import DataError, SettingsError
-from longlora_cli.evaluation.tasks.prompts import prompt_ids
+from longlora_cli.evaluation.tasks.prompts import hash_of, prompt_ids
 from longlora_cli.evaluation.tasks.sample import Sample
 
 Truncate = Literal["middle", "left", "error", "skip"]
@@ -45,11 +45,13 @@ class Fitted:
         sample: Perhaps with less text.
         ids: Its prompt.
         lost_tokens: How many the whole prompt has more.
+        sample_hash: Of the whole sample, whatever was cut: the same for every model.
     """
 
     sample: Sample
     ids: list[int]
     lost_tokens: int
+    sample_hash: str
 
 
 def fit(tokenizer: Any, sample: Sample, limits: Limits) -> Fitted | None:
@@ -70,7 +72,7 @@ def fit(tokenizer: Any, sample: Sample, limits: Limits) -> Fitted | None:
             hint="Use --max-new-tokens to allow shorter answers.",
         )
     if len(whole) <= room:
-        return Fitted(sample, whole, 0)
+        return Fitted(sample, whole, 0, hash_of(sample))
     if limits.truncate == "skip":
         return None
     if several or limits.truncate == "error":
@@ -80,7 +82,7 @@ def fit(tokenizer: Any, sample: Sample, limits: Limits) -> Fitted | None:
         cut = _cut(tokenizer, sample, budget, limits.truncate)
         ids = prompt_ids(tokenizer, cut)
         if len(ids) <= room:
-            return Fitted(cut, ids, len(whole) - len(ids))
+            return Fitted(cut, ids, len(whole) - len(ids), hash_of(sample))
         budget -= len(ids) - room
     raise DataError(f"{sample.facts.get('row', sample.id)}: its text could not be cut to {room:,} tokens")
 

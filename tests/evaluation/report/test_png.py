@@ -5,7 +5,7 @@ import pytest
 from matplotlib.image import imread
 
 from longlora_cli.evaluation.grid import score_grid
-from longlora_cli.evaluation.report import save_heatmap, save_position_curve
+from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
 
 
 def grid(right):

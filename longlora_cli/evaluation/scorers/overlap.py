@@ -28,15 +28,19 @@ def rouge_stemmed(prediction: str, references: Sequence[str], extra: Extra = NOT
     return best_measures(prediction, references, stem=True)
 
 
-def best_measures(prediction: str, references: Sequence[str], *, stem: bool) -> Scores:
+def best_measures(
+    prediction: str, references: Sequence[str], *, stem: bool, kinds: tuple[str, ...] = ROUGE_TYPES
+) -> Scores:
     """F-measures of rouge_score, for each type that of the best reference."""
-    found = [rouge_measures(prediction, reference, stem=stem) for reference in references]
-    return {kind: max(measures[kind]["f"] for measures in found) for kind in ROUGE_TYPES}
+    found = [rouge_measures(prediction, reference, stem=stem, kinds=kinds) for reference in references]
+    return {kind: max(measures[kind]["f"] for measures in found) for kind in kinds}
 
 
-def rouge_measures(prediction: str, reference: str, *, stem: bool) -> dict[str, Scores]:
+def rouge_measures(
+    prediction: str, reference: str, *, stem: bool, kinds: tuple[str, ...] = ROUGE_TYPES
+) -> dict[str, Scores]:
     """Precision `p`, recall `r` and F-measure `f` of each type, from rouge_score 0.1.2."""
-    found = _rouge_scorer(stem).score(reference, prediction)
+    found = _rouge_scorer(stem, kinds).score(reference, prediction)
     return {
         kind: {"p": float(s.precision), "r": float(s.recall), "f": float(s.fmeasure)}
         for kind, s in found.items()
@@ -44,9 +48,9 @@ def rouge_measures(prediction: str, reference: str, *, stem: bool) -> dict[str, 
 
 
 @cache
-def _rouge_scorer(stem: bool) -> Any:
+def _rouge_scorer(stem: bool, kinds: tuple[str, ...]) -> Any:
     scorers = needed_package("rouge_score.rouge_scorer")
-    return scorers.RougeScorer(list(ROUGE_TYPES), use_stemmer=stem)
+    return scorers.RougeScorer(list(kinds), use_stemmer=stem)
 
 
 def sentence_union_rouge(prediction: str, reference: str) -> float:
