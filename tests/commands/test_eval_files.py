@@ -9,7 +9,7 @@ import pytest
 
 from longlora_cli.cli import main
 from longlora_cli.commands import eval as command
-from longlora_cli.commands import eval_make
+from longlora_cli.commands import eval_compare, eval_make
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
@@ -175,6 +175,21 @@ def test_samples_that_were_written_are_read_back_as_the_same_questions(tiny_mode
         assert [question.references for question in asked] == [question.references for question in meant]
         assert [question.scorer for question in asked] == [question.scorer for question in meant]
         assert [q.facts["length"] for q in asked] == [1200, 1200]
+
+
+def test_two_evaluations_of_a_benchmark_are_compared_by_every_rule(tiny_model_folder, tmp_path, monkeypatch):
+    folder = files.make_infinitebench(tmp_path / "data")
+    for name, said in (("a", "get_x"), ("b", "nothing")):
+        monkeypatch.setattr(
+            command.SessionAnswerer, "answer", lambda self, ids, limit, said=said: Answer([5], said, "eos")
+        )
+        run(config(tiny_model_folder, tmp_path / name, ["infinitebench.code_debug"], [folder]))
+    found = eval_compare.run(
+        EvalConfig(out=tmp_path / "a", compare=tmp_path / "b"), Console(json_mode=True), dry_run=False
+    )
+    cells = {cell["score"]: cell for cell in found["comparison"]["cells"]}
+    assert cells["score"]["difference"] == 0.0
+    assert cells["infinitebench@2024-08"]["difference"] == 1.0
 
 
 def test_tables_show_every_rule_and_what_was_cut(tiny_model_folder, tmp_path, monkeypatch, capsys):
