@@ -13,11 +13,13 @@ import numpy as np
 
 from longlora_cli import __version__
 from longlora_cli.commands import eval_compare
+from longlora_cli.commands.eval_files import show_benchmarks
 from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
 from longlora_cli.evaluation.answerer import SessionAnswerer
+from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
 from longlora_cli.evaluation.measure import (
@@ -27,6 +29,7 @@ from longlora_cli.evaluation.measure import (
     model_identity,
     peak_bytes,
 )
+from longlora_cli.evaluation.measure_files import measure_file_task
 from longlora_cli.evaluation.measure_perplexity import measure_perplexity
 from longlora_cli.evaluation.measure_tasks import measure_task
 from longlora_cli.evaluation.perplexity_plan import work_tokens
@@ -34,10 +37,12 @@ from longlora_cli.evaluation.plan import EvalPlan, make_plan
 from longlora_cli.evaluation.report.page import make_page
 from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
 from longlora_cli.evaluation.task_scores import score_groups
+from longlora_cli.evaluation.tasks.files.registry import FAMILIES
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
 from longlora_cli.storage import atomic_folder, refuse_existing, write_json, write_text
+from longlora_cli.task_names import is_from_files
 
 
 def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
@@ -79,6 +84,7 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
                     {task: result.summary for task, result in found.items()},
                     threshold=config.effective_score / 100,
                 ),
+                "benchmarks": _benchmarks(plan, found),
                 "peak_bytes": peak_bytes(loaded),
                 "seconds": round(time.perf_counter() - started, 3),
             }
@@ -92,6 +98,7 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
             _SHOW[task](summary, console)
     synthetic = {task: results["tasks"][task] for task in plan.synthetic}
     show_tasks(synthetic, results["groups"], console)
+    show_benchmarks(results["benchmarks"], results["tasks"], console)
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
         f"open {config.out / 'report.html'} in a browser"
@@ -135,7 +142,15 @@ def _measure(
 ) -> dict[str, TaskResult]:
     answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk)
     found: dict[str, TaskResult] = {}
+    if plan.files is not None:
+        for opened in plan.files.tasks:
+            with console.progress(f"{opened.name} (questions)", plan.files.counts[opened.name]) as advance:
+                found[opened.name] = measure_file_task(
+                    opened, answerer, plan.files, journal, identity, advance
+                )
     for task in plan.tasks:
+        if is_from_files(task):
+            continue
         if task in plan.synthetic:
             with console.progress(f"{task} (questions)", plan.grid_count()) as advance:
                 found[task] = measure_task(task, answerer, plan, journal, identity, advance)
@@ -149,6 +164,14 @@ def _measure(
             with console.progress(f"{task} (questions)", plan.grid_count()) as advance:
                 found[task] = measure_grid(task, answerer, plan, journal, identity, advance)
     return found
+
+
+def _benchmarks(plan: EvalPlan, found: dict[str, TaskResult]) -> dict[str, Any]:
+    """The means of each benchmark that was read from files, over its tasks."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for opened in plan.files.tasks if plan.files is not None else ():
+        tasks.setdefault(opened.family.name, {})[opened.task] = found[opened.name].summary
+    return {name: score_benchmark(FAMILIES[name], summaries) for name, summaries in tasks.items()}
 
 
 def _versions() -> dict[str, str]:
