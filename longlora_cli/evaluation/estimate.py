@@ -1,8 +1,8 @@
 """How long an evaluation will take, said before it begins.
 
-A prompt's reading costs 2 FLOPs a linear parameter and token, and attention in proportion to the square of its length; one
-measured prompt says how many of them the machine does in a second, and how long a new token takes. Answers are counted
-at their longest, so the estimate is an upper one where a model ends its answers itself.
+Reading a prompt costs 2 FLOPs a linear parameter and token, and attention in proportion to the square of its length;
+one measured prompt says how many of them the machine does in a second, and how long a new token takes. Answers are
+counted at their longest, so the estimate is an upper one where a model ends its answers itself.
 """
 
 from __future__ import annotations

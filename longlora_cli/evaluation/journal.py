@@ -11,13 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from longlora_cli.evaluation.sharding import Shard
 from longlora_cli.storage import append_json_line, folder_lock, read_json_lines, write_text
 
+T = TypeVar("T")
 _FILE = "journal.jsonl"
 _SHARD = "shard-"
 
@@ -38,10 +40,13 @@ class Journal:
     Args:
         path: The file; None keeps the rows in memory only.
         others: Files whose rows are found too; nothing is added to them but the loss of a torn last line.
+        shard: The share of the evaluation that this journal is for; None: all of it.
     """
 
-    def __init__(self, path: Path | None = None, others: Iterable[Path] = ()) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path | None = None, others: Iterable[Path] = (), *, shard: Shard | None = None
+    ) -> None:
+        self._path, self.shard = path, shard
         self._rows: dict[str, dict[str, Any]] = {}
         for file in (*others, *([path] if path is not None else [])):
             _drop_torn_line(file)
@@ -57,6 +62,10 @@ class Journal:
         """The row of this key, if it is finished."""
         return self._rows.get(key)
 
+    def share(self, items: Iterable[T], text_of: Callable[[T], object] = lambda _: None) -> Iterable[T]:
+        """Those of a task's items that this journal is for; see `Shard.of`."""
+        return items if self.shard is None else self.shard.of(items, text_of)
+
     def add(self, row: dict[str, Any]) -> None:
         """Keep a finished row; it must have a `key`. On disk once this returns, though not synced: a power
         loss may cost the last rows, a killed process none."""
@@ -71,22 +80,22 @@ def working_folder(out: Path) -> Path:
 
 
 @contextmanager
-def open_journal(out: Path, shard: str | None = None) -> Iterator[Journal]:
+def open_journal(out: Path, shard: Shard | None = None) -> Iterator[Journal]:
     """The journal of `out`, held by this process.
 
     Args:
         out: The folder that the evaluation will make.
-        shard: Name of a share of the evaluation. Its journal stays when the body ends; without a name, all journals are
-            read, and are removed when the body ends without an error.
+        shard: A share of the evaluation, whose journal stays when the body ends. Without one, the journals of all
+            shares are read too, and all are removed when the body ends without an error.
 
     Raises:
         SettingsError: Another process is evaluating into `out`, or into the same shard.
     """
     folder = working_folder(out)
     if shard is not None:
-        folder /= _SHARD + shard
+        folder /= _SHARD + shard.name
         with folder_lock(folder):
-            yield Journal(folder / _FILE)
+            yield Journal(folder / _FILE, shard=shard)
         return
     with folder_lock(folder), ExitStack() as held:
         shards = sorted(folder.glob(_SHARD + "*"))
