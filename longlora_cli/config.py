@@ -19,13 +19,14 @@ from longlora_cli.section import Section, setting
 from longlora_cli.sections import (
     CHAT_TEMPLATE_HELP,
     AdapterSection,
+    BenchmarkSection,
     EngineSection,
     ModelSection,
     OptimSection,
     RopeSection,
 )
-from longlora_cli.task_names import BUILT_IN, expand, unknown_task
-from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths
+from longlora_cli.task_names import BUILT_IN, expand, is_from_files, unknown_task
+from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Share
 
 
 class PrepareConfig(Section):
@@ -169,13 +170,14 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-class EvalConfig(RopeSection, ModelSection):
+class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
     tasks: Names = setting(
         ["ppl", "needle"],
-        "What to measure: ppl, passkey, needle, generate, synthetic tasks (docs/eval.md), or ruler, niah, synthetic.",
+        "What to measure: ppl, passkey, needle, generate, synthetic tasks or groups of them, and benchmarks in "
+        "--data: longbench, infinitebench, ... (docs/eval.md).",
     )
     make: bool = setting(
         False, "Only write the samples of synthetic tasks, as .jsonl with RULER's fields; no model is loaded."
@@ -185,8 +187,12 @@ class EvalConfig(RopeSection, ModelSection):
     report: Path | None = setting(
         None, "Finished evaluation whose report is made anew from its results and samples; no model is read."
     )
-    data: Paths = setting([], "ppl: texts; generate: .jsonl with input and outputs.", short="-d")
-    split: str = setting("test", "Split of a hub or saved dataset.")
+    data: Paths = setting(
+        [],
+        "ppl: texts; generate: .jsonl with input and outputs; benchmarks: their files or folders.",
+        short="-d",
+    )
+    split: str = setting("test", "Split of a hub or saved dataset, or of QMSum.")
     haystack: Paths = setting([], "Texts to hide keys and needles in, or noise; default: the embedded book.")
     lengths: Lengths = setting([1024, 2048, 4096], "Context lengths of passkey, needle and synthetic tasks.")
     depths: int = setting(5, "Depths from start to end, per length.", ge=1, le=101)
@@ -214,12 +220,16 @@ class EvalConfig(RopeSection, ModelSection):
     )
     max_tokens: Length | None = setting(None, "Perplexity: read at most this much of each text.", ge=2)
     metrics: Names = setting(["rouge", "f1", "exact_match", "accuracy"], "Scores of generate.")
-    max_samples: int | None = setting(None, "Generate for at most this many rows.", ge=1)
-    max_new_tokens: int = setting(64, "Longest answer.", ge=1)
+    max_new_tokens: int = setting(
+        64, "Longest answer; of benchmarks only where given: each has its own.", ge=1
+    )
     prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
     effective_score: float = setting(
         85.6, "Per cent that a length must score to count as effective; default: RULER's.", gt=0, le=100
+    )
+    shard: Share | None = setting(
+        None, "Only answer this share of the texts, as 2/4; the same command without it puts shares together."
     )
     compare: Path | None = setting(
         None, "Finished evaluation to compare with, by paired tests; without --model, --out is finished too."
@@ -268,6 +278,11 @@ class EvalConfig(RopeSection, ModelSection):
                 self.needs(name, False, "without --model, --out and --compare are two finished folders")
         return self
 
+    @property
+    def file_tasks(self) -> list[str]:
+        """The benchmarks that are read from files, or tasks of them, in the order asked for."""
+        return [task for task in dict.fromkeys(self.tasks) if is_from_files(task)]
+
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> EvalConfig:
         if not self.measures:
@@ -275,9 +290,11 @@ class EvalConfig(RopeSection, ModelSection):
         if fault := unknown_task(self.tasks):
             raise ValueError(fault)
         tasks = set(expand(self.tasks))
-        if self.make and (others := [task for task in self.tasks if task in BUILT_IN]):
+        others = [task for task in self.tasks if task in BUILT_IN or is_from_files(task)]
+        if self.make and others:
             raise ValueError(f"--make writes samples of synthetic tasks, not of {', '.join(others)}")
-        grid = bool(tasks - {"ppl", "generate"})
+        self.check_benchmarks(self.file_tasks, sorted(tasks & {"ppl", "generate"}), self.data, self.rope)
+        grid = bool(tasks - {"ppl", "generate", *self.file_tasks})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):
             self.needs(name, grid, "it belongs to passkey, needle and synthetic tasks")
         self.needs("effective_score", grid and not self.make, "it belongs to measured lengths")
@@ -295,13 +312,15 @@ class EvalConfig(RopeSection, ModelSection):
         if not self.measures:
             return self
         tasks = set(expand(self.tasks))
-        asks = bool(tasks & {"passkey", "needle", "generate"})
-        self.needs("max_new_tokens", asks, "it belongs to passkey, needle and generate")
+        from_files = bool(self.file_tasks)
+        asks = from_files or bool(tasks & {"passkey", "needle", "generate"})
+        self.needs("max_new_tokens", asks, "it belongs to passkey, needle, generate and benchmarks")
         for name in ("window", "stride", "max_tokens", "bos", "docs", "short_context", "compat"):
             self.needs(name, "ppl" in tasks, "it belongs to ppl")
-        for name in ("metrics", "max_samples"):
-            self.needs(name, "generate" in tasks, "it belongs to generate")
-        self.needs("data", bool(tasks & {"ppl", "generate"}), "it belongs to ppl and generate")
+        self.needs("metrics", "generate" in tasks, "it belongs to generate")
+        rows = from_files or "generate" in tasks
+        self.needs("max_samples", rows, "it belongs to generate and benchmarks")
+        self.needs("data", rows or "ppl" in tasks, "it belongs to ppl, generate and benchmarks")
         if "generate" in tasks and not self.data:
             raise ValueError("--tasks generate needs --data FILE.jsonl")
         if self.stride is not None and self.stride > self.window:

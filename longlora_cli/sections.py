@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -56,6 +57,51 @@ class RopeSection(Section):
         if self.rope_factor is not None and self.rope_theta is not None:
             raise ValueError("--rope-factor and --rope-theta both set the base frequency; give one")
         return self
+
+
+class BenchmarkSection(Section):
+    """How the rows of benchmarks read from files are asked."""
+
+    max_samples: int | None = setting(
+        None, "At most this many rows of generate, and of each task of a benchmark.", ge=1
+    )
+    truncate: Literal["middle", "left", "error", "skip"] = setting(
+        "middle", "Benchmarks: what becomes of prompts that are too long; middle keeps both ends."
+    )
+    max_prompt: Length | None = setting(
+        None,
+        "Benchmarks: most tokens of a prompt without its template; default: what the model has room for.",
+        ge=16,
+    )
+    prompts: Path | None = setting(
+        None,
+        "Benchmarks: prompts by task, as LongBench's dataset2prompt.json; used unasked where it lies in --data.",
+    )
+
+    def check_benchmarks(
+        self, asked: Sequence[str], others: Sequence[str], data: Sequence[Path], rope: str
+    ) -> None:
+        """Refuse benchmarks without data, or whose data or length would mean two things.
+
+        Args:
+            asked: The benchmarks among the tasks.
+            others: The tasks that read `data` otherwise.
+            data: Where everything is read.
+            rope: How positions are stretched.
+
+        Raises:
+            ValueError: One line.
+        """
+        for name in ("truncate", "max_prompt", "prompts"):
+            self.needs(name, bool(asked), "it belongs to benchmarks")
+        if asked and not data:
+            raise ValueError(f"--tasks {asked[0]} needs --data FOLDER")
+        if asked and others:
+            raise ValueError(
+                f"--tasks {others[0]} and {asked[0]} read --data in different ways; ask for them separately"
+            )
+        if asked and rope != "keep" and self.max_prompt is None:
+            raise ValueError("--rope changes how long a prompt may be; say it with --max-prompt")
 
 
 class AdapterSection(Section):

@@ -35,6 +35,23 @@ SYNTHETIC = (
 )
 """Tasks of `evaluation/tasks/registry.py`."""
 
+FILES = (
+    "longbench",
+    "longbench_e",
+    "longbench_v2",
+    "infinitebench",
+    "ruler_files",
+    "babilong",
+    "longmemeval",
+    "graphwalks",
+    "mrcr_files",
+    "qmsum",
+    "longchat",
+    "multiple_choice",
+    "multiple_choice_cloze",
+)
+"""Benchmarks read from files, of `evaluation/tasks/files/registry.py`; `longbench.hotpotqa` is one task of one."""
+
 GROUPS: dict[str, tuple[str, ...]] = {"ruler": RULER, "niah": NIAH, "synthetic": SYNTHETIC}
 """Several tasks by one name; a group's score is the mean of its tasks'."""
 
@@ -44,11 +61,16 @@ def expand(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
 
 
+def is_from_files(name: str) -> bool:
+    """Whether the name is that of a benchmark read from files, or of one of its tasks."""
+    return name.partition(".")[0] in FILES
+
+
 def unknown_task(names: Iterable[str]) -> str | None:
     """What to say of the first name that is neither a task nor a group; None where there is none."""
-    known = (*BUILT_IN, *GROUPS, *SYNTHETIC)
+    known = (*BUILT_IN, *GROUPS, *SYNTHETIC, *FILES)
     for name in names:
-        if name not in known:
+        if name not in known and not is_from_files(name):
             close = difflib.get_close_matches(name, known, n=1)
             return f"--tasks {name}: unknown task" + (
                 f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

@@ -80,6 +80,8 @@ def test_a_preparing_setting_that_cannot_be_used_is_refused(values: dict[str, An
     [
         (EvalConfig, {"out": "o", "tasks": "ppl", "lengths": ["4k"]}, "--lengths has no effect here"),
         (EvalConfig, {"out": "o", "tasks": "needle", "window": 9}, "--window has no effect here"),
+        (EvalConfig, {"out": "o", "tasks": "ppl", "truncate": "skip"}, "--truncate has no effect here"),
+        (EvalConfig, {"out": "o", "tasks": "longbench"}, "--tasks longbench needs --data FOLDER"),
         (EvalConfig, {"out": "o", "tasks": "nedle"}, "--tasks nedle: unknown task; did you mean needle"),
         (EvalConfig, {"out": "o", "tasks": "generate"}, "needs --data"),
         (EvalConfig, {"out": "o", "window": 64, "stride": 65}, "tokens would be skipped"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_files import write_lines
 
 from longlora_cli.cli import main
 
@@ -62,6 +63,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
         Path("questions.jsonl").write_text(
             json.dumps({"input": "What is it?", "outputs": ["A test."]}) + "\n"
         )
+        benchmark = {"input": "What is it?", "context": "A test.", "answers": ["It."], "length": 2}
+        write_lines(Path("benchmarks/hotpotqa.jsonl"), [benchmark])
+        pass_key = {
+            "id": 0,
+            "context": "The key is 7.",
+            "input": "What is it?",
+            "answer": ["7"],
+            "options": [],
+        }
+        write_lines(Path("benchmarks/passkey.jsonl"), [pass_key])
+        write_lines(Path("choices.jsonl"), [{"question": "Which?", "choices": ["a", "b"], "answer": 1}])
         row = {"prediction": "A test.", "references": ["A test."], "task": "hotpotqa"}
         Path("predictions.jsonl").write_text(json.dumps(row) + "\n")
         shutil.copytree(tiny_model_folder, "smollm2")

@@ -35,3 +35,7 @@ class SessionAnswerer:
         if said.finish == "interrupted":
             raise KeyboardInterrupt
         return Answer(said.ids, said.text, said.finish, said.reused_tokens)
+
+    def log_likelihoods(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Natural logarithm of the probability of each continuation; `ids` are read once."""
+        return self._session.log_likelihoods(list(ids), continuations)

@@ -189,8 +189,10 @@ def _other_scorers(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, str]
     """Scores whose scorers' versions differ: key -> what to say; an empty key stands for the whole task."""
     if a.get("scorer") != b.get("scorer"):
         return {"": f"scored by {a.get('scorer')} and {b.get('scorer')}"}
+    # A task with one scorer has its means alone there.
     one, other = (
-        {key: score.get("scorer") for key, score in task.get("scores", {}).items()} for task in (a, b)
+        {key: score.get("scorer") for key, score in task.get("scores", {}).items() if isinstance(score, dict)}
+        for task in (a, b)
     )
     return {
         key: f"scored by {version} and {other[key]}"

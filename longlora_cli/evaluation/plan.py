@@ -11,6 +11,7 @@ from longlora_cli.config import EvalConfig
 from longlora_cli.data.haystack import Haystack
 from longlora_cli.data.readers import kind_of
 from longlora_cli.errors import DataError
+from longlora_cli.evaluation.file_plan import FilePlan, plan_files
 from longlora_cli.evaluation.generation import Question
 from longlora_cli.evaluation.perplexity_plan import check_texts
 from longlora_cli.evaluation.scorers import check_metrics
@@ -19,7 +20,8 @@ from longlora_cli.evaluation.tasks.prompts import question_of
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.texts import Text, read_haystack, read_texts
-from longlora_cli.task_names import SYNTHETIC, expand
+from longlora_cli.models.source import own_length, resolve
+from longlora_cli.task_names import SYNTHETIC, expand, is_from_files
 
 # Answers of passkey and needle are a number or a word; with a sentence around it 24 tokens do, and a
 # model that never stops should not cost more.
@@ -36,6 +38,7 @@ class EvalPlan:
         texts: What perplexity reads.
         rows: Questions of `generate`.
         haystack: Of passkey, needle and synthetic tasks.
+        files: Tasks that are read from files; None without them.
     """
 
     config: EvalConfig
@@ -43,6 +46,7 @@ class EvalPlan:
     texts: list[Text] = field(default_factory=list)
     rows: list[Question] = field(default_factory=list)
     haystack: Haystack | None = None
+    files: FilePlan | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -124,12 +128,19 @@ class EvalPlan:
         needs += [min(config.window, len(text.ids)) for text in self.texts]
         if self.grids or self.synthetic:
             needs += config.lengths
+        if self.files is not None:
+            needs.append(self.files.longest)
         return max(needs)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """For each task `samples`, `tokens` of all its prompts, and `longest`; everything is made in full."""
         found: dict[str, dict[str, int]] = {}
+        if self.files is not None:
+            for opened in self.files.tasks:
+                found[opened.name] = _sizes(self.files.sizes(opened))
         for task in self.tasks:
+            if is_from_files(task):
+                continue
             if task in SYNTHETIC:
                 sizes = [sample.facts["tokens"] for sample in self.samples(task)]
             elif task == "ppl":
@@ -137,8 +148,12 @@ class EvalPlan:
             else:
                 questions = self.rows if task == rows.TASK else self.grid_questions(task)
                 sizes = [len(question.prompt) for question in questions]
-            found[task] = {"samples": len(sizes), "tokens": sum(sizes), "longest": max(sizes)}
+            found[task] = _sizes(sizes)
         return found
+
+
+def _sizes(sizes: Sequence[int]) -> dict[str, int]:
+    return {"samples": len(sizes), "tokens": sum(sizes), "longest": max(sizes, default=0)}
 
 
 def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
@@ -158,7 +173,7 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
     if "generate" in tasks:
         check_metrics(config.metrics)
         questions = _read_rows(row_paths, config.max_samples, tokenizer)
-    if text_paths and "ppl" not in tasks:
+    if text_paths and "ppl" not in tasks and not config.file_tasks:
         raise DataError(f"{text_paths[0]}: --tasks generate reads .jsonl files only")
     texts = (
         read_texts(
@@ -175,9 +190,16 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
     check_texts(config, texts)
     hides = bool(tasks & {passkey.TASK, needle.TASK, *SYNTHETIC})
     haystack = read_haystack(config.haystack, split=config.split) if hides else None
-    plan = EvalPlan(config, tokenizer, texts, questions, haystack)
+    files = plan_files(config, tokenizer, _readable(config)) if config.file_tasks else None
+    plan = EvalPlan(config, tokenizer, texts, questions, haystack, files)
     plan.check_lengths()
     return plan
+
+
+def _readable(config: EvalConfig) -> int:
+    """Tokens of prompt and answer: what a run was trained for, else the base's own length."""
+    source = resolve(config.model, config.adapter)
+    return own_length(source.base) if source.record is None else source.record.context_length
 
 
 def _read_rows(paths: list[Path], max_samples: int | None, tokenizer: Any) -> list[Question]:

@@ -41,7 +41,7 @@ def score_task(
     """
     if not rows:
         raise DataError("there is nothing to score")
-    scored = [{**row, "scores": _judged(row)} for row in rows]
+    scored = [{**row, "scores": judged(row)} for row in rows]
     lengths = sorted({row["length"] for row in rows})
     summary = _means(scored)
     summary["scorer"] = find_scorer(rows[0]["scorer"]).scorer.version
@@ -110,7 +110,7 @@ def _effective(lengths: Sequence[dict[str, Any]], threshold: float) -> dict[str,
     return {} if found is None else {"effective_length": found}
 
 
-def _judged(row: Row) -> dict[str, float]:
+def judged(row: Row) -> dict[str, float]:
     """All scores of a row as shares, the one that counts as `score`."""
     choice = find_scorer(row["scorer"])
     found = choice.score(row["prediction"], row["references"], row.get("extra", {}))
@@ -130,11 +130,14 @@ def _means(rows: Sequence[Row]) -> dict[str, Any]:
         **mean(values, binary=set(values) <= {0.0, 1.0}),
         "scores": means,
         "cut": sum(row["finish"] == "length" for row in rows) / len(rows),
-        "long": sum(_is_long(row) for row in rows) / len(rows),
+        "long": sum(is_long(row) for row in rows) / len(rows),
     }
 
 
-def _is_long(row: Row) -> bool:
+def is_long(row: Row) -> bool:
+    """The answer is over three times as long as what was asked for; rules that look for a reference reward that."""
+    if not row["references"]:
+        return False
     wanted = sum(map(len, row["references"])) if len(row["references"]) > 1 else len(row["references"][0])
     return len(row["prediction"]) > _LONG_ANSWER * wanted
 

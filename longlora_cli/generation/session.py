@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor
@@ -189,6 +190,29 @@ class Session:
         except KeyboardInterrupt:
             run.finish = "interrupted"
         return run.result(prompt_tokens=len(ids), reused_tokens=reused, kv_bytes=self.kv_bytes)
+
+    def log_likelihoods(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Natural logarithm of the probability of each continuation after `ids`, which are read once.
+
+        Args:
+            ids: The shared prompt, at least one token; what the cache holds of it is not run again.
+            continuations: Token ids, at least one each. The cache forgets each before the next one is run.
+
+        Raises:
+            NumericError: See `prefill`.
+        """
+        if not ids:
+            raise ValueError("a prompt has at least one token")
+        prompt = list(ids)
+        first = self._read(prompt, self.reusable(prompt), None).float().log_softmax(-1)
+        found = []
+        for continuation in continuations:
+            total = float(first[continuation[0]])
+            for before, token in pairwise(continuation):
+                total += float(step(self.loaded, before, self._cache).float().log_softmax(-1)[token])
+            crop(self._cache, len(prompt))
+            found.append(total)
+        return found
 
     def _say(self, run: _Run, ids: list[int], reused: int, advance: Advance | None) -> None:
         run.accept(self._read(ids, reused, advance))

@@ -181,6 +181,23 @@ def _refuse_code(folder: Path) -> None:
             )
 
 
+def own_length(name: str) -> int:
+    """Tokens that a base was made for, by its config.json; a run's length is in its record.
+
+    Raises:
+        NotFoundError, SecurityError: From `base_folder`.
+        DataError: The config does not say.
+    """
+    path = base_folder(name) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    length = config.get("max_position_embeddings") or config.get("text_config", {}).get(
+        "max_position_embeddings"
+    )
+    if not isinstance(length, int):
+        raise DataError(f"{path} does not say how many tokens the model reads (max_position_embeddings)")
+    return length
+
+
 def fingerprint(folder: Path) -> str:
     """Identify a base by its tensors: names, shapes, dtypes and the first 4 KiB of each one's bytes.
 

@@ -141,6 +141,17 @@ def read_json(path: Path, *, format: str | None = None) -> Iterator[Document]:
         yield from documents_of(rows, faults, format, empty="there is no row in the file")
 
 
+def json_values(path: Path, faults: Faults) -> Iterator[tuple[int, Any]]:
+    """Line and value of each row of an array, or of objects one after another; a row that is no JSON gives its fault.
+
+    Args:
+        path: The file.
+        faults: Is given what ends the reading.
+    """
+    with InputFile(path) as file:
+        yield from _rows(_Scanner(_parts(file, faults)), faults)
+
+
 def _parts(file: InputFile, faults: Faults) -> Iterator[str]:
     lines = 1
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from longlora_cli.errors import SettingsError
 from longlora_cli.evaluation.scorers import (
     babilong,
+    benchmarks,
     choices,
     helmet,
     infinitebench,
@@ -99,6 +100,7 @@ ALL: tuple[Scorer, ...] = (
     ),
     Scorer("mrcr", "mrcr@card", _SCORE, False, structured.mrcr),
     *synthetic.RULES,
+    *benchmarks.RULES,
 )
 _BY_NAME: dict[str, list[Scorer]] = {}
 for _scorer in ALL:

@@ -23,7 +23,7 @@ def plain_text(sample: Sample) -> str:
     if len(turns) > 1:
         named = [f"{message['role'].capitalize()}: {message['content']}" for message in sample.messages]
         return "\n".join([*named, "Assistant:"]) + _opened(" ", sample)
-    return turns[0] + (sample.answer_prefix.rstrip() or "\n")
+    return turns[0] + (sample.answer_prefix.rstrip() or ("" if sample.as_is else "\n"))
 
 
 def prompt_ids(tokenizer: Any, sample: Sample) -> list[int]:
@@ -50,6 +50,11 @@ def prompt_tokens(tokenizer: Any, sample: Sample) -> int:
     return len(safe_encoder(tokenizer).begin) + counter.count(plain_text(sample))
 
 
+def hash_of(sample: Sample) -> str:
+    """The hash by which the answers of two models to one sample are paired."""
+    return hash_sample([sample.messages, sample.answer_prefix], sample.outputs)
+
+
 def question_of(tokenizer: Any, sample: Sample) -> Question:
     """The sample as a question."""
     return Question(
@@ -57,7 +62,7 @@ def question_of(tokenizer: Any, sample: Sample) -> Question:
         prompt_ids(tokenizer, sample),
         sample.outputs,
         {"id": sample.id, **sample.facts},
-        hash_sample([sample.messages, sample.answer_prefix], sample.outputs),
+        hash_of(sample),
         max_new_tokens=sample.max_new_tokens,
         stop=sample.stop,
         scorer=sample.scorer,

@@ -20,7 +20,7 @@ class Sample:
         task: The task it belongs to, such as `niah_multikey_1` or `longbench.hotpotqa`.
         id: Tells it from the task's others.
         messages: Up to the answer; a plain prompt is one user turn.
-        outputs: The references, at least one.
+        outputs: The references, at least one unless the scorer can do without.
         scorer: Name of the scorer that judges the answer, a version after `@`.
         max_new_tokens: Longest answer.
         answer_prefix: How the answer begins: the start of the assistant's turn, or of the continuation where there is
@@ -29,6 +29,7 @@ class Sample:
         stop: The answer ends before the first of these strings.
         extra: What the scorer needs besides (`question`, `all_classes`, `options`).
         facts: What is known of it (`length`, `depth`, `sample`); copied into its row.
+        as_is: Where there is no chat, a single turn is read just as it stands, with no line break put behind it.
     """
 
     task: str
@@ -42,3 +43,4 @@ class Sample:
     stop: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    as_is: bool = False
