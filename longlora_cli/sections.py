@@ -73,7 +73,9 @@ class PaceSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset_fills_in(cls, values: Any) -> Any:
-        return {**PRESETS.get(str(values.get("preset")), {}), **values} if isinstance(values, dict) else values
+        return (
+            {**PRESETS.get(str(values.get("preset")), {}), **values} if isinstance(values, dict) else values
+        )
 
     def given(self, name: str) -> bool:
         """True when the user gave this setting, rather than leaving its default or the preset's value."""

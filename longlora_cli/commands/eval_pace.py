@@ -92,7 +92,8 @@ def _say(plan: EvalPlan, seconds: dict[str, float], dropped: list[int], console:
             f"--max-hours {plan.config.max_hours:g}: left out {', '.join(f'{length:,}' for length in dropped)} tokens"
         )
     share = "" if plan.config.shard is None else " for all shares"
-    console.print(f"takes about {_time(sum(seconds.values()))} at most{share}: {_parts(seconds)}")
+    name = "" if plan.config.preset is None else f"{plan.config.preset}: "
+    console.print(f"{name}takes about {_time(sum(seconds.values()))} at most{share}: {_parts(seconds)}")
 
 
 def _parts(seconds: dict[str, float]) -> str:

@@ -78,7 +78,7 @@ def test_one_length_that_takes_too_long_is_refused_before_anything_is_asked(
     tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     config = config_of(tiny_model_folder, tmp_path / "o", tasks=["lines"], lengths=[400], max_hours=0.1)
-    with pytest.raises(SettingsError, match="about 4[0-9] min are needed"):
+    with pytest.raises(SettingsError, match=r"about 4[0-9] min are needed"):
         run(config)
     assert not list(tmp_path.iterdir())
 
