@@ -26,7 +26,7 @@ from longlora_cli.sections import (
     RopeSection,
 )
 from longlora_cli.task_names import BUILT_IN, expand, is_from_files, unknown_task
-from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths
+from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Share
 
 
 class PrepareConfig(Section):
@@ -227,6 +227,9 @@ class EvalConfig(BenchmarkSection, RopeSection, ModelSection):
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
     effective_score: float = setting(
         85.6, "Per cent that a length must score to count as effective; default: RULER's.", gt=0, le=100
+    )
+    shard: Share | None = setting(
+        None, "Only answer this share of the texts, as 2/4; the same command without it puts shares together."
     )
     compare: Path | None = setting(
         None, "Finished evaluation to compare with, by paired tests; without --model, --out is finished too."

@@ -65,13 +65,31 @@ def split_commas(value: Any) -> Any:
     return value
 
 
+def parse_share(value: object) -> str:
+    """A share of a whole, `2/4`: the second of four.
+
+    Raises:
+        ValueError: Not two whole numbers from 1, or the first is above the second.
+    """
+    number, _, count = str(value).replace(" ", "").partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError("not a share; 2/4 is the second of four, and numbers begin at 1")
+    return f"{int(number)}/{int(count)}"
+
+
 Length = Annotated[int, BeforeValidator(parse_length)]
 LengthOrAuto = Annotated[int | Literal["auto"], BeforeValidator(parse_length_or_auto)]
 Size = Annotated[int, BeforeValidator(parse_size)]
+Share = Annotated[str, BeforeValidator(parse_share)]
 Names = Annotated[list[str], BeforeValidator(split_commas)]
 Numbers = Annotated[list[float], BeforeValidator(split_commas)]
 Lengths = Annotated[list[Length], BeforeValidator(split_commas)]
 Paths = Annotated[list[Path], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 
-METAVARS: dict[Any, str] = {parse_length: "LENGTH", parse_length_or_auto: "LENGTH|auto", parse_size: "SIZE"}
+METAVARS: dict[Any, str] = {
+    parse_length: "LENGTH",
+    parse_length_or_auto: "LENGTH|auto",
+    parse_share: "I/N",
+    parse_size: "SIZE",
+}
 """How help pages name a value, by the function that reads it."""

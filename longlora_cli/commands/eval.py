@@ -14,6 +14,7 @@ import numpy as np
 from longlora_cli import __version__
 from longlora_cli.commands import eval_compare
 from longlora_cli.commands.eval_files import show_benchmarks
+from longlora_cli.commands.eval_shards import processes, show_share
 from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
@@ -36,11 +37,13 @@ from longlora_cli.evaluation.perplexity_plan import work_tokens
 from longlora_cli.evaluation.plan import EvalPlan, make_plan
 from longlora_cli.evaluation.report.page import make_page
 from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
+from longlora_cli.evaluation.sharding import Shard
 from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
+from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.storage import atomic_folder, refuse_existing, write_json, write_text
 from longlora_cli.task_names import is_from_files
 
@@ -59,6 +62,13 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     """
     if config.only_compares:
         return eval_compare.run(config, console, dry_run=dry_run)
+    with processes(config) as (mesh, shard):
+        return _run(config, console, mesh, shard, dry_run=dry_run)
+
+
+def _run(
+    config: EvalConfig, console: Console, mesh: Mesh, shard: Shard | None, *, dry_run: bool
+) -> dict[str, Any]:
     refuse_existing(config.out)
     other = eval_compare.read_other(config)
     plan = make_plan(config, _load_tokenizer(config, console))
@@ -67,11 +77,18 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
     started = time.perf_counter()
+    identity = model_identity(loaded)
     try:
+        if shard is not None:
+            counts = _answer_share(loaded, plan, shard, identity, console)
+            mesh.barrier()
+            if mesh.world == 1:
+                return show_share(config, shard, counts, console)
+            if not mesh.is_main:
+                return {}
         with open_journal(config.out) as journal:
             if len(journal):
                 console.print(f"going on from {len(journal)} finished samples")
-            identity = model_identity(loaded)
             found = _measure(loaded, plan, journal, identity, console)
             results: dict[str, Any] = {
                 "settings": config.model_dump(mode="json"),
@@ -137,14 +154,28 @@ def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
         )
 
 
+def _answer_share(
+    loaded: LoadedModel, plan: EvalPlan, shard: Shard, identity: Any, console: Console
+) -> dict[str, int]:
+    """Answer a share's questions; how many, by task."""
+    with open_journal(plan.config.out, shard) as journal:
+        found = _measure(loaded, plan, journal, identity, console)
+    return {task: result.summary["n"] for task, result in found.items()}
+
+
 def _measure(
     loaded: LoadedModel, plan: EvalPlan, journal: Journal, identity: Any, console: Console
 ) -> dict[str, TaskResult]:
     answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk)
     found: dict[str, TaskResult] = {}
+    shares = journal.shard.count if journal.shard is not None else 1
+
+    def bar(title: str, total: int) -> Any:
+        return console.progress(title, -(-total // shares))
+
     if plan.files is not None:
         for opened in plan.files.tasks:
-            with console.progress(f"{opened.name} (questions)", plan.files.counts[opened.name]) as advance:
+            with bar(f"{opened.name} (questions)", plan.files.counts[opened.name]) as advance:
                 found[opened.name] = measure_file_task(
                     opened, answerer, plan.files, journal, identity, advance
                 )
@@ -152,16 +183,16 @@ def _measure(
         if is_from_files(task):
             continue
         if task in plan.synthetic:
-            with console.progress(f"{task} (questions)", plan.grid_count()) as advance:
+            with bar(f"{task} (questions)", plan.grid_count()) as advance:
                 found[task] = measure_task(task, answerer, plan, journal, identity, advance)
         elif task == "ppl":
-            with console.progress("ppl (tokens)", work_tokens(plan.config, plan.texts)) as advance:
+            with bar("ppl (tokens)", work_tokens(plan.config, plan.texts)) as advance:
                 found[task] = measure_perplexity(loaded, plan, journal, identity, advance)
         elif task == "generate":
-            with console.progress("generate (rows)", len(plan.rows)) as advance:
+            with bar("generate (rows)", len(plan.rows)) as advance:
                 found[task] = measure_generation(answerer, plan, journal, identity, advance)
         else:
-            with console.progress(f"{task} (questions)", plan.grid_count()) as advance:
+            with bar(f"{task} (questions)", plan.grid_count()) as advance:
                 found[task] = measure_grid(task, answerer, plan, journal, identity, advance)
     return found
 

@@ -133,20 +133,24 @@ def _pieces(encoder: SafeEncoder, document: Document) -> Iterator[_Work]:
     assert isinstance(text, str)
     bounds = [0, *encoder.seams.cuts(text, _PIECE_CHARACTERS), len(text)]
     for start, stop in pairwise(bounds):
+        if encoder.seams.are_known:
+            _refuse_without_seam(source, text, start, stop)
         piece = text[start:stop]
-        if len(bounds) > 2 or encoder.seams.are_known:
-            _refuse_without_seam(source, piece, start)
         share = size_bytes * len(piece) // max(len(text), 1)
         yield _Work(source, share, None, piece, start == 0, stop == len(text))
 
 
-def _refuse_without_seam(source: str, piece: str, start: int) -> None:
-    if 4 * len(piece) > _MOST_PIECE_BYTES and (size_bytes := _size_bytes(piece)) > _MOST_PIECE_BYTES:
+def _refuse_without_seam(source: str, text: str, start: int, stop: int) -> None:
+    """Raise where a piece is too long to be encoded at once; it is not copied to find that out."""
+    characters = stop - start
+    if 4 * characters <= _MOST_PIECE_BYTES:
+        return
+    if characters > _MOST_PIECE_BYTES or _size_bytes(text[start:stop]) > _MOST_PIECE_BYTES:
         raise DataError(
-            f"{source}: {size_bytes:,} bytes from character {start:,} on have no place where the tokenizer can be cut",
-            rule=f"Such a stretch is tokenized whole, which takes 150 bytes of memory a byte: "
-            f"{_MOST_PIECE_BYTES:,} bytes at most.",
-            hint="Put spaces or line ends into it.",
+            f"{source}: {characters:,} characters from character {start:,} on have no place where the tokenizer can "
+            "be cut",
+            rule=f"They are tokenized whole, with 150 bytes of memory for a byte: {_MOST_PIECE_BYTES:,} bytes at most.",
+            hint="Put spaces or line ends into them.",
         )
 
 

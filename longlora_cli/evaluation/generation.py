@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
+from longlora_cli.evaluation.sharding import text_of
 from longlora_cli.evaluation.statistics import mean_clustered
 
 Advance = Callable[[int], None]
@@ -100,7 +101,7 @@ def predict(
         questions: Read lazily.
         max_new_tokens: Longest answer to questions that do not say it themselves.
         settings: JSON of whatever else decides an answer (model, numbers, positions); part of each row's key.
-        journal: Where finished rows are kept.
+        journal: Where finished rows are kept; that of a share has only the share's questions asked.
         advance: Called with 1 after each question.
 
     Yields:
@@ -109,7 +110,7 @@ def predict(
         where one of its strings was met.
     """
     kept = journal if journal is not None else Journal()
-    for question in questions:
+    for question in kept.share(questions, lambda one: text_of(one.facts)):
         longest = max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
         parts = (question.task, hash_ids(question.prompt), question.references, longest, settings)
         key = key_of(*parts, question.stop) if question.stop else key_of(*parts)

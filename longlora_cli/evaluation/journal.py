@@ -2,7 +2,8 @@
 
 The journal is a file of JSON lines in a working folder beside the output folder, `.<name>.partial`. A piece
 is found again by its key, a hash of everything that decides its content, so that the same command continues
-where a killed one stopped and another command never takes its pieces for its own.
+where a killed one stopped and another command never takes its pieces for its own. Each shard of an evaluation has a
+journal of its own in a folder inside; an evaluation that is not sharded reads them all.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from longlora_cli.evaluation.sharding import Shard
 from longlora_cli.storage import append_json_line, folder_lock, read_json_lines, write_text
 
+T = TypeVar("T")
 _FILE = "journal.jsonl"
+_SHARD = "shard-"
 
 
 def key_of(*parts: Any) -> str:
@@ -35,14 +39,18 @@ class Journal:
 
     Args:
         path: The file; None keeps the rows in memory only.
+        others: Files whose rows are found too; nothing is added to them but the loss of a torn last line.
+        shard: The share of the evaluation that this journal is for; None: all of it.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path | None = None, others: Iterable[Path] = (), *, shard: Shard | None = None
+    ) -> None:
+        self._path, self.shard = path, shard
         self._rows: dict[str, dict[str, Any]] = {}
-        if path is not None:
-            _drop_torn_line(path)
-            self._rows = {row["key"]: row for row in read_json_lines(path)}
+        for file in (*others, *([path] if path is not None else [])):
+            _drop_torn_line(file)
+            self._rows |= {row["key"]: row for row in read_json_lines(file)}
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -53,6 +61,10 @@ class Journal:
     def get(self, key: str) -> dict[str, Any] | None:
         """The row of this key, if it is finished."""
         return self._rows.get(key)
+
+    def share(self, items: Iterable[T], text_of: Callable[[T], object] = lambda _: None) -> Iterable[T]:
+        """Those of a task's items that this journal is for; see `Shard.of`."""
+        return items if self.shard is None else self.shard.of(items, text_of)
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a finished row; it must have a `key`. On disk once this returns, though not synced: a power
@@ -68,15 +80,28 @@ def working_folder(out: Path) -> Path:
 
 
 @contextmanager
-def open_journal(out: Path) -> Iterator[Journal]:
-    """The journal of `out`, held by this process; it is removed when the body ends without an error.
+def open_journal(out: Path, shard: Shard | None = None) -> Iterator[Journal]:
+    """The journal of `out`, held by this process.
+
+    Args:
+        out: The folder that the evaluation will make.
+        shard: A share of the evaluation, whose journal stays when the body ends. Without one, the journals of all
+            shares are read too, and all are removed when the body ends without an error.
 
     Raises:
-        SettingsError: Another process is evaluating into `out`.
+        SettingsError: Another process is evaluating into `out`, or into the same shard.
     """
     folder = working_folder(out)
-    with folder_lock(folder):
-        yield Journal(folder / _FILE)
+    if shard is not None:
+        folder /= _SHARD + shard.name
+        with folder_lock(folder):
+            yield Journal(folder / _FILE, shard=shard)
+        return
+    with folder_lock(folder), ExitStack() as held:
+        shards = sorted(folder.glob(_SHARD + "*"))
+        for path in shards:
+            held.enter_context(folder_lock(path))
+        yield Journal(folder / _FILE, [path / _FILE for path in shards])
         shutil.rmtree(folder)
 
 

@@ -71,7 +71,7 @@ def weigh(
         likeliest by character as `normalized`, and `log_likelihoods` has them all. `new_tokens` are those of choices.
     """
     kept = journal if journal is not None else Journal()
-    for question, text in questions:
+    for question, text in kept.share(questions):
         key = key_of("weigh", question.task, hash_ids(question.prompt), question.extra["choices"], settings)
         row = kept.get(key)
         if row is None:

@@ -38,6 +38,8 @@ def measure_file_task(
         rows = list(weigh(model, _with_texts(task, plan, counts), plan.tokenizer, **shared))
     else:
         rows = list(predict(model, plan.questions(task, counts), max_new_tokens=1, **shared))
+    if journal.shard is not None:
+        return TaskResult.of_share(rows)
     summary, scored = score_file_task(task.family, task.task, rows, counts)
     return TaskResult({**summary, **speed(rows)}, scored)
 

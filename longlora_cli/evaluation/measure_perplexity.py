@@ -57,7 +57,8 @@ def measure_perplexity(
     reading = reading_of(config, plan.texts)
     kept = _Kept(journal, identity, advance)
     found, samples = [], []
-    for text in plan.texts:
+    texts = list(journal.share(plan.texts))
+    for text in texts:
         before = kept.seconds
         losses = _text_losses(loaded, text, reading, kept)
         found.append(losses)
@@ -71,7 +72,11 @@ def measure_perplexity(
                 "seconds": round(kept.seconds - before, 4),
             }
         )
-    sizes = [text.scored for text in plan.texts]
+    if journal.shard is not None:
+        for peer in dict.fromkeys(config.compat):
+            _peer(loaded, peer, plan, texts, found, kept)
+        return TaskResult.of_share(samples)
+    sizes = [text.scored for text in texts]
     summary = summarize(found, sizes, window=config.window, short=config.short_context)
     summary |= {"window": config.window, "stride": stride_of(config), "seconds": kept.seconds}
     bos = config.bos if config.bos != "auto" else ("first" if plan.texts[0].prefix else "none")
@@ -81,7 +86,7 @@ def measure_perplexity(
     summary["tokens_per_second"] = summary["n"] / kept.seconds if kept.seconds > 0 else None
     if config.compat:
         peers = dict.fromkeys(config.compat)
-        summary["compat"] = {peer: _peer(loaded, peer, plan, found, kept) for peer in peers}
+        summary["compat"] = {peer: _peer(loaded, peer, plan, texts, found, kept) for peer in peers}
     return TaskResult(summary, samples, [losses.nll for losses in found])
 
 
@@ -104,17 +109,24 @@ def _text_losses(loaded: LoadedModel, text: Text, reading: Reading, kept: _Kept)
 
 
 def _peer(
-    loaded: LoadedModel, peer: str, plan: EvalPlan, exact: Sequence[TextLosses], kept: _Kept
+    loaded: LoadedModel,
+    peer: str,
+    plan: EvalPlan,
+    texts: Sequence[Text],
+    exact: Sequence[TextLosses],
+    kept: _Kept,
 ) -> dict[str, Any]:
     windows, losses, before = [], [], kept.seconds
-    for text, known in zip(plan.texts, exact, strict=True):
+    for text, known in zip(texts, exact, strict=True):
         peers = peer_reading(peer, text, plan.config)
         windows += peers.windows
         own = [one.window for one in peers.windows]
         losses.append(
             known.windows if peers.known else _window_sums(loaded, peer, peers.ids, own, kept, plan)
         )
-    sizes = [text.size for text in plan.texts]
+    if not texts:
+        return {}
+    sizes = [text.size for text in texts]
     found = summarize_peer(peer, windows, np.concatenate(losses), sizes)
     return {**found, "seconds": round(kept.seconds - before, 4)}
 

@@ -31,5 +31,7 @@ def measure_task(
             advance=advance,
         )
     )
+    if journal.shard is not None:
+        return TaskResult.of_share(rows)
     summary, scored = score_task(rows, threshold=plan.config.effective_score / 100)
     return TaskResult({**summary, **speed(rows)}, scored)

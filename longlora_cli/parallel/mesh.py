@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -36,8 +37,13 @@ class Mesh:
     world: int = 1
 
     @classmethod
-    def start(cls, device: torch.device) -> Mesh:
-        """Join the other processes, if a launcher started several: NCCL on GPUs, gloo on CPUs."""
+    def start(cls, device: torch.device, *, patience: timedelta | None = None) -> Mesh:
+        """Join the other processes, if a launcher started several: NCCL on GPUs, gloo on CPUs.
+
+        Args:
+            device: Where what is exchanged lies.
+            patience: How long a process waits for the others before it gives up; None: torch's, 10 to 30 minutes.
+        """
         if any(name.startswith("ACCELERATE_") for name in os.environ):
             # accelerate's launcher for one process dies of SIGTERM without passing it on; the kernel then does.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -47,7 +53,7 @@ class Mesh:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
