@@ -107,6 +107,18 @@ def test_an_interrupted_benchmark_goes_on_and_gives_the_same(tiny_model_folder, 
     assert len(asked) == 6
 
 
+def test_shares_of_benchmarks_put_together_are_the_whole(tiny_model_folder, data, tmp_path, monkeypatch):
+    tasks = ["longbench.hotpotqa", "longbench.trec", "multiple_choice"]
+    whole = run(config(tiny_model_folder, tmp_path / "whole", tasks, list(data)))
+    for number in (1, 2, 3):
+        run(config(tiny_model_folder, tmp_path / "shares", tasks, list(data), shard=f"{number}/3"))
+    for name in ("answer", "log_likelihoods"):
+        monkeypatch.setattr(command.SessionAnswerer, name, lambda *a: pytest.fail("asked again"))
+    assert without_times(
+        run(config(tiny_model_folder, tmp_path / "shares", tasks, list(data)))
+    ) == without_times(whole)
+
+
 def test_a_dry_run_counts_what_would_be_asked_and_loads_no_model(
     tiny_model_folder, data, tmp_path, monkeypatch
 ):
