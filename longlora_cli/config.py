@@ -24,6 +24,7 @@ from longlora_cli.sections import (
     ExportSection,
     ModelSection,
     OptimSection,
+    PaceSection,
     RopeSection,
 )
 from longlora_cli.task_names import BUILT_IN, expand, is_from_files, unknown_task
@@ -171,7 +172,7 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-class EvalConfig(ExportSection, BenchmarkSection, RopeSection, ModelSection):
+class EvalConfig(ExportSection, PaceSection, BenchmarkSection, RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -307,6 +308,9 @@ class EvalConfig(ExportSection, BenchmarkSection, RopeSection, ModelSection):
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
+        self.needs("max_hours", not self.make, "--make measures no model")
+        if self.max_hours is not None and self.shard is not None:
+            raise ValueError("--max-hours beside --shard: shares have to be of the same lengths")
         return self
 
     @model_validator(mode="after")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
+from longlora_cli.presets import PRESETS
 from longlora_cli.section import Section, setting
 from longlora_cli.values import Length, Names, Size, parse_length
 
@@ -57,6 +58,29 @@ class RopeSection(Section):
         if self.rope_factor is not None and self.rope_theta is not None:
             raise ValueError("--rope-factor and --rope-theta both set the base frequency; give one")
         return self
+
+
+class PaceSection(Section):
+    """How much is measured, and how long that may take."""
+
+    preset: Literal["smoke", "quick", "standard", "paper"] | None = setting(
+        None, "Tasks, lengths and samples by one name; other settings win (docs/eval.md)."
+    )
+    max_hours: float | None = setting(
+        None, "Leave out the longest lengths if the evaluation would take longer than this.", gt=0
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_fills_in(cls, values: Any) -> Any:
+        return (
+            {**PRESETS.get(str(values.get("preset")), {}), **values} if isinstance(values, dict) else values
+        )
+
+    def given(self, name: str) -> bool:
+        """True when the user gave this setting, rather than leaving its default or the preset's value."""
+        preset = PRESETS.get(self.preset or "", {})
+        return super().given(name) and not (name in preset and getattr(self, name) == preset[name])
 
 
 class BenchmarkSection(Section):

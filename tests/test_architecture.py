@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "longlora_cli"
-FLOOR = {"errors", "config", "section", "sections", "task_names", "values"}
+FLOOR = {"errors", "config", "presets", "section", "sections", "task_names", "values"}
 STORED = FLOOR | {"storage", "parallel"}
 MODELS = STORED | {"memory", "models", "data"}
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
     "values": set(),
+    "presets": set(),
     "task_names": set(),
     "section": set(),
-    "sections": {"errors", "section", "values"},
+    "sections": {"presets", "errors", "section", "values"},
     "config": {"errors", "section", "sections", "task_names", "values"},
     "storage": FLOOR,
     "console": FLOOR,

@@ -14,6 +14,7 @@ import numpy as np
 from longlora_cli import __version__
 from longlora_cli.commands import eval_compare
 from longlora_cli.commands.eval_files import show_benchmarks
+from longlora_cli.commands.eval_pace import paced
 from longlora_cli.commands.eval_shards import processes, show_share
 from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
@@ -78,6 +79,7 @@ def _run(
     _warn_beyond(loaded, plan, console)
     started = time.perf_counter()
     identity = model_identity(loaded)
+    plan, dropped = paced(loaded, plan, mesh, console)
     try:
         if shard is not None:
             counts = _answer_share(loaded, plan, shard, identity, console)
@@ -102,6 +104,7 @@ def _run(
                     threshold=config.effective_score / 100,
                 ),
                 "benchmarks": _benchmarks(plan, found),
+                **({"dropped_lengths": dropped} if dropped else {}),
                 "peak_bytes": peak_bytes(loaded),
                 "seconds": round(time.perf_counter() - started, 3),
             }

@@ -10,9 +10,12 @@ from longlora_cli.config import EvalConfig
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.generation import Question
+from longlora_cli.evaluation.scorers import UnscorableError, find_scorer
 from longlora_cli.evaluation.tasks.files.cutting import Fitted, Limits, fit, needed_tokens
 from longlora_cli.evaluation.tasks.files.opening import FileTask, open_tasks
 from longlora_cli.evaluation.tasks.sample import Sample
+
+_SOMETHING = "x"  # not empty: rules give an empty answer its 0 before they look at the reference
 
 
 @dataclass
@@ -87,15 +90,16 @@ class FilePlan:
         return max(self.needs.values())
 
     def check(self) -> None:
-        """Read every row, and where nothing may be cut also its length.
+        """Read and judge every row, and where nothing may be cut measure its length: no fault waits for an answer.
 
         Raises:
-            DataError: A row cannot be used or is too long; a task has nothing to ask.
-            SettingsError: An answer leaves no room for its question.
+            DataError: A row cannot be used or judged, or is too long; a task has nothing to ask.
+            SettingsError: An answer leaves no room for its question; a scorer's package is not installed.
         """
         for task in self.tasks:
             number = 0
             for number, sample in enumerate(self.samples(task), start=1):
+                _judge_something(task, sample)
                 if number == 1 or self.limits.truncate == "error" or len(sample.messages) > 1:
                     fit(self.tokenizer, sample, self.limits)
                 if number == 1:
@@ -107,6 +111,16 @@ class FilePlan:
     def sizes(self, task: FileTask) -> list[int]:
         """Tokens of each prompt that is asked."""
         return [len(found.ids) for found in self.fitted(task, CutCounts())]
+
+
+def _judge_something(task: FileTask, sample: Sample) -> None:
+    """Let each of its rules judge an answer, so that a reference that cannot be used is told now."""
+    for name in (sample.scorer, *task.family.columns(task.task)):
+        try:
+            find_scorer(name).score(_SOMETHING, sample.outputs, sample.extra)
+        except UnscorableError as error:
+            message = f"{sample.facts['row']} ({sample.task}): {error.message}"
+            raise DataError(message, rule=error.rule, hint=error.hint) from error
 
 
 def _nothing_to_ask(task: FileTask) -> DataError:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.evaluation.generation import Advance, Question, Row
 from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
+from longlora_cli.evaluation.sharding import text_of
 from longlora_cli.evaluation.tasks.files.multiple_choice import LETTERS
 
 
@@ -71,7 +72,7 @@ def weigh(
         likeliest by character as `normalized`, and `log_likelihoods` has them all. `new_tokens` are those of choices.
     """
     kept = journal if journal is not None else Journal()
-    for question, text in kept.share(questions):
+    for question, text in kept.share(questions, lambda one: text_of(one[0].facts)):
         key = key_of("weigh", question.task, hash_ids(question.prompt), question.extra["choices"], settings)
         row = kept.get(key)
         if row is None:

@@ -140,8 +140,10 @@ def _json_rows(path: Path, faults: Faults) -> Iterator[NumberedFields]:
 
 
 def _with_document(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of lm-evaluation-harness with its document's fields beside its own; others as they are."""
-    document = row.get("doc")
+    """A row of lm-evaluation-harness with its document's fields beside its own, and one of ours with its `extra`."""
+    document, extra = row.get("doc"), row.get("extra")
+    if isinstance(extra, dict):
+        row = {**extra, **row}
     return {**row, **document} if isinstance(document, dict) else row
 
 

@@ -16,6 +16,8 @@ from longlora_cli.errors import Interrupted
 from longlora_cli.evaluation.file_plan import CutCounts
 from longlora_cli.evaluation.generation import Answer
 from longlora_cli.evaluation.plan import make_plan
+from longlora_cli.evaluation.rescoring import rescore
+from longlora_cli.evaluation.scorers import find_scorer
 from longlora_cli.models.tokenizer import load_tokenizer
 from longlora_cli.storage import verify_folder
 
@@ -105,6 +107,18 @@ def test_an_interrupted_benchmark_goes_on_and_gives_the_same(tiny_model_folder, 
     assert len(asked) == 6
 
 
+def test_shares_of_benchmarks_put_together_are_the_whole(tiny_model_folder, data, tmp_path, monkeypatch):
+    tasks = ["longbench.hotpotqa", "longbench.trec", "multiple_choice"]
+    whole = run(config(tiny_model_folder, tmp_path / "whole", tasks, list(data)))
+    for number in (1, 2, 3):
+        run(config(tiny_model_folder, tmp_path / "shares", tasks, list(data), shard=f"{number}/3"))
+    for name in ("answer", "log_likelihoods"):
+        monkeypatch.setattr(command.SessionAnswerer, name, lambda *a: pytest.fail("asked again"))
+    assert without_times(
+        run(config(tiny_model_folder, tmp_path / "shares", tasks, list(data)))
+    ) == without_times(whole)
+
+
 def test_a_dry_run_counts_what_would_be_asked_and_loads_no_model(
     tiny_model_folder, data, tmp_path, monkeypatch
 ):
@@ -175,6 +189,17 @@ def test_samples_that_were_written_are_read_back_as_the_same_questions(tiny_mode
         assert [question.references for question in asked] == [question.references for question in meant]
         assert [question.scorer for question in asked] == [question.scorer for question in meant]
         assert [q.facts["length"] for q in asked] == [1200, 1200]
+
+
+@pytest.mark.parametrize("task", list(files.LONGBENCH))
+def test_the_rows_of_a_benchmark_can_be_scored_again(tiny_model_folder, data, tmp_path, monkeypatch, task):
+    said = f"{files.LONGBENCH[task]['answers'][0]} 2, or so"
+    monkeypatch.setattr(command.SessionAnswerer, "answer", lambda self, ids, limit: Answer([5], said, "eos"))
+    found = run(config(tiny_model_folder, tmp_path / "out", [f"longbench.{task}"], [data[0]]))
+    path = tmp_path / "out" / "samples" / f"longbench.{task}.jsonl"
+    again = rescore(path, find_scorer("longbench@2e00731"))
+    assert again["mean"] > 0
+    assert again["mean"] == pytest.approx(found["tasks"][f"longbench.{task}"]["score"], abs=1e-12)
 
 
 def test_two_evaluations_of_a_benchmark_are_compared_by_every_rule(tiny_model_folder, tmp_path, monkeypatch):

@@ -88,6 +88,17 @@ def test_a_cut_prompt_and_its_answer_fit_and_fill_what_is_read(tokenizer, long_r
     assert questions[0].facts["truncation"] == truncate
 
 
+@pytest.mark.parametrize("readable", range(300, 306))
+def test_a_cut_inside_a_character_that_costs_more_tokens_still_fits(tokenizer, tmp_path, readable):
+    # Of a character of three bytes, cut after the first, a replacement of three bytes is left.
+    row = files.LONGBENCH["hotpotqa"] | {"context": "北京市" * 300}
+    path = files.write_lines(tmp_path / "hotpotqa.jsonl", [row])
+    plan = plan_of(path, tokenizer, readable)
+    found = next(plan.fitted(plan.tasks[0], CutCounts()))
+    assert len(found.ids) <= readable - 32
+    assert found.ids == prompt_ids(tokenizer, found.sample)
+
+
 def test_the_middle_keeps_both_ends_and_left_keeps_the_question(tokenizer, long_row):
     def text(truncate):
         plan = plan_of(long_row, tokenizer, 400, truncate=truncate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.generation import Answer
 from longlora_cli.evaluation.journal import Journal
 from longlora_cli.evaluation.measure_files import measure_file_task
+from longlora_cli.evaluation.scorers import words
 from longlora_cli.evaluation.tasks.files.opening import open_tasks
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
 from longlora_cli.models.tokenizer import load_tokenizer
@@ -250,6 +252,33 @@ def test_a_wrong_value_is_refused_with_its_line(name, file, field, value, messag
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=rf"{path.name}:{len(rows)}: .*({message})"):
         plan_of(name, path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "field", "value", "message"),
+    [
+        ("longbench", "passage_retrieval_en.jsonl", "answers", ["Page 3"], "does not name a paragraph"),
+        ("infinitebench", "math_find.jsonl", "answer", ["many"], "is not a number"),
+        ("longchat", "200_lines.jsonl", "expected_number", "some", "is no whole number"),
+    ],
+)
+def test_a_reference_that_no_answer_could_be_judged_by_is_told_before_any_is_given(
+    name, file, field, value, message, tokenizer, tmp_path
+):
+    path = files.MAKERS[name](tmp_path) / file
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    files.write_lines(path, [*rows, rows[0] | {field: value}])
+    with pytest.raises(DataError, match=rf"{path.name}:{len(rows) + 1} .*{message}"):
+        plan_of(name, path, tokenizer)
+
+
+def test_a_scorers_missing_package_is_told_before_anything_is_asked(tokenizer, tmp_path, monkeypatch):
+    path = files.write_lines(tmp_path / "multifieldqa_zh.jsonl", [files.LONGBENCH["multifieldqa_zh"]])
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    monkeypatch.setattr(words, "_segmenter", words._segmenter.__wrapped__)  # it may be held from another test
+    with pytest.raises(SettingsError, match="needs the package jieba") as refused:
+        plan_of("longbench", path, tokenizer)
+    assert "pip install" in refused.value.hint
 
 
 def test_folders_and_files_without_a_benchmark_are_refused(tokenizer, tmp_path):

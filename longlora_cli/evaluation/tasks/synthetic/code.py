@@ -9,7 +9,7 @@ from __future__ import annotations
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.listing import fit_padded, lines_of, list_around, unit_number
 from longlora_cli.evaluation.tasks.synthetic.request import Request, unit_costs
-from longlora_cli.evaluation.tasks.synthetic.words import Fresh, invented_word
+from longlora_cli.evaluation.tasks.synthetic.words import Distinct, invented_word
 
 RUN_TEMPLATE = (
     "Here is a Python module.\n\n{code}\n\nWhat does {name}({argument}) return? Reply with the number only."
@@ -42,11 +42,11 @@ _BODIES = (
 
 def code_run(request: Request) -> Sample:
     """A chain of two to six calls among functions of the same form; the length of the chain goes round by sample."""
-    rng, fresh = request.rng("functions"), Fresh("")
+    rng, distinct = request.rng("functions"), Distinct()
     hops = _HOPS[request.sample % len(_HOPS)]
 
     def name() -> str:
-        return fresh.draw(lambda: invented_word(rng, 3))
+        return distinct.draw(lambda: invented_word(rng, 3))
 
     chain = [name() for _ in range(hops)]
     added = [rng.randint(10, 99) for _ in chain]
@@ -83,10 +83,10 @@ def code_run(request: Request) -> Sample:
 
 def code_debug(request: Request) -> Sample:
     """Four functions to choose from, one of them the wrong one; it stands at the depth that is asked for."""
-    rng, fresh = request.rng("functions"), Fresh("")
+    rng, distinct = request.rng("functions"), Distinct()
 
     def name() -> str:
-        return fresh.draw(lambda: invented_word(rng, 3))
+        return distinct.draw(lambda: invented_word(rng, 3))
 
     wrong = name()
     target = _takes(wrong, rng.choice(_BODIES)[1])

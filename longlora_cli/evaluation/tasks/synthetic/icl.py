@@ -9,7 +9,7 @@ from __future__ import annotations
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.listing import fit_padded, lines_of, unit_number
 from longlora_cli.evaluation.tasks.synthetic.request import Request, unit_costs
-from longlora_cli.evaluation.tasks.synthetic.words import Fresh, endings, invented_word
+from longlora_cli.evaluation.tasks.synthetic.words import Distinct, endings, invented_word
 
 TEMPLATE = (
     "Each word below has a label. Words of the same kind have the same label. Find the rule and give the label of "
@@ -23,14 +23,14 @@ _FEWEST, _MOST = 3, 40
 
 def icl_many(request: Request) -> Sample:
     """A class about every 256 tokens, forty at most, each with several examples; the asked word is none of them."""
-    rng, fresh = request.rng("examples"), Fresh("")
+    rng, distinct = request.rng("examples"), Distinct()
     classes = min(max(request.length // _CLASS_TOKENS, _FEWEST), _MOST)
     ends = rng.sample(endings(), classes)
     labels = [str(label) for label in rng.sample(range(100, 1000), classes)]
     asked = rng.randrange(classes)
 
     def draw(kind: int) -> str:
-        return fresh.draw(lambda: invented_word(rng, 2)[:-1] + ends[kind])
+        return distinct.draw(lambda: invented_word(rng, 2)[:-1] + ends[kind])
 
     def unit(kind: int) -> str:
         return UNIT.format(word=draw(kind), label=labels[kind])

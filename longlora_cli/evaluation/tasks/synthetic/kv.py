@@ -9,7 +9,7 @@ from __future__ import annotations
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.listing import list_around, unit_number
 from longlora_cli.evaluation.tasks.synthetic.request import Request
-from longlora_cli.evaluation.tasks.synthetic.words import Fresh, new_uuid
+from longlora_cli.evaluation.tasks.synthetic.words import Distinct, new_uuid
 
 TEMPLATE = (
     'The JSON object below holds keys and their values.\n\n{json}\n\nWhich value belongs to the key "{key}"? '
@@ -21,10 +21,10 @@ MAX_NEW_TOKENS = 64
 
 def kv(request: Request) -> Sample:
     """All keys and values are different."""
-    rng, fresh = request.rng("pairs"), Fresh("")
+    rng, distinct = request.rng("pairs"), Distinct()
 
     def draw() -> str:
-        return f'"{fresh.draw(lambda: new_uuid(rng))}": "{fresh.draw(lambda: new_uuid(rng))}"'
+        return f'"{distinct.draw(lambda: new_uuid(rng))}": "{distinct.draw(lambda: new_uuid(rng))}"'
 
     target = draw()
     examples = [draw() for _ in range(16)]

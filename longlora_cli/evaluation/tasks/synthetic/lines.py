@@ -8,7 +8,7 @@ from __future__ import annotations
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.listing import lines_of, list_around, unit_number
 from longlora_cli.evaluation.tasks.synthetic.request import Request
-from longlora_cli.evaluation.tasks.synthetic.words import Fresh, word_key
+from longlora_cli.evaluation.tasks.synthetic.words import Distinct, word_key
 
 TEMPLATE = (
     "Here is a record of lines. Each begins with its name and holds one number between angle brackets. Keep the "
@@ -21,11 +21,11 @@ MAX_NEW_TOKENS = 16
 
 def lines(request: Request) -> Sample:
     """Keys and numbers are all different."""
-    rng, fresh = request.rng("lines"), Fresh("")
+    rng, distinct = request.rng("lines"), Distinct()
 
     def draw() -> tuple[str, str]:
-        key = fresh.draw(lambda: word_key(rng))
-        return key, UNIT.format(key=key, value=fresh.draw(lambda: str(rng.randint(10_000, 99_999))))
+        key = distinct.draw(lambda: word_key(rng))
+        return key, UNIT.format(key=key, value=distinct.draw(lambda: str(rng.randint(10_000, 99_999))))
 
     key, target = draw()
     examples = [draw()[1] for _ in range(16)]

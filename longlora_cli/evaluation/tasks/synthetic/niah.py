@@ -17,7 +17,7 @@ from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.hiding import Hidden, hide, noise, take
 from longlora_cli.evaluation.tasks.synthetic.listing import lines_of, list_around, unit_number
 from longlora_cli.evaluation.tasks.synthetic.request import Request
-from longlora_cli.evaluation.tasks.synthetic.words import Fresh, new_uuid, seven_digits, word_key
+from longlora_cli.evaluation.tasks.synthetic.words import Distinct, Fresh, new_uuid, seven_digits, word_key
 
 TEMPLATE = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you "
@@ -101,12 +101,12 @@ def _in_text(request: Request, flavour: Flavour) -> Sample:
 
 def _among_needles(request: Request, flavour: Flavour) -> Sample:
     rng = request.rng("needles")
-    fresh = Fresh("")
+    distinct = Distinct()
 
     def draw() -> tuple[str, str]:
         return (
-            fresh.draw(lambda: _KEYS[flavour.keys](rng)),
-            fresh.draw(lambda: _VALUES[flavour.values](rng)),
+            distinct.draw(lambda: _KEYS[flavour.keys](rng)),
+            distinct.draw(lambda: _VALUES[flavour.values](rng)),
         )
 
     def needle(pair: tuple[str, str]) -> str:

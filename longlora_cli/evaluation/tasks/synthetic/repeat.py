@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from longlora_cli.errors import DataError
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.hiding import Piece, take
 from longlora_cli.evaluation.tasks.synthetic.listing import fit_padded
@@ -27,11 +28,7 @@ def repeat(request: Request) -> Sample:
     costs = unit_costs(request, [unit + "\n\n" for unit in units])
 
     def compose(count: int, padding: str) -> Sample:
-        asked = round(depth * (count - 1))
-        while texts.count(texts[asked]) > 1 or any(
-            texts[asked] in text for text in texts if text != texts[asked]
-        ):
-            asked = (asked + 1) % count  # a refrain would be two paragraphs' text
+        asked = _unique(texts, round(depth * (count - 1)), count)
         listed = units[:count]
         context = "\n\n".join([*listed, padding] if padding else listed)
         content = TEMPLATE.format(context=context, number=asked + 1)
@@ -46,6 +43,19 @@ def repeat(request: Request) -> Sample:
         )
 
     return fit_padded(request, costs, compose, least=1)
+
+
+def _unique(texts: Sequence[str], wanted: int, count: int) -> int:
+    """The first paragraph from the wanted one on whose text is in no other: a refrain would be two paragraphs' text."""
+    for step in range(count):
+        asked = (wanted + step) % count
+        if sum(texts[asked] in text for text in texts) == 1:
+            return asked
+    raise DataError(
+        "every paragraph of the haystack is in another one, so that none can be asked for",
+        rule="repeat copies a paragraph that stands in the text once.",
+        hint="Give texts with --haystack, not noise, or leave repeat out.",
+    )
 
 
 def _paragraphs(pieces: Sequence[Piece], most: int) -> list[str]:

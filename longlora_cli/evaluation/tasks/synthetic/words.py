@@ -101,3 +101,28 @@ class Fresh:
             "the haystack holds nearly everything that could be hidden in it",
             hint="Give other texts with --haystack.",
         )
+
+
+class Distinct:
+    """Draws things of one form and length, of which none can be part of another: they only have to differ.
+
+    A list of 128K tokens has ten thousand of them; `Fresh`, which looks into each, takes seconds there.
+    """
+
+    def __init__(self) -> None:
+        self._drawn: set[str] = set()
+
+    def draw(self, make: Callable[[], str]) -> str:
+        """The first result of `make` that was not drawn before.
+
+        Raises:
+            DataError: Ten thousand results in a row were.
+        """
+        for _ in range(_TRIES):
+            made = make()
+            if made not in self._drawn:
+                self._drawn.add(made)
+                return made
+        raise DataError(
+            "a list of this length needs more different names than there are", hint="Use shorter --lengths."
+        )

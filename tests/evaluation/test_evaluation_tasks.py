@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 import synthetic_parts as parts
 
+from longlora_cli.errors import DataError
 from longlora_cli.evaluation.generation import Answer, predict
 from longlora_cli.evaluation.task_scores import score_task
 from longlora_cli.evaluation.tasks.prompts import plain_text, prompt_ids, question_of
-from longlora_cli.evaluation.tasks.registry import TASKS
+from longlora_cli.evaluation.tasks.registry import TASKS, make_sample, requests
 from longlora_cli.evaluation.tasks.synthetic.babi import ROOMS
 from longlora_cli.evaluation.tasks.synthetic.latent import FACTS
+from longlora_cli.evaluation.texts import read_haystack
 from longlora_cli.task_names import GROUPS, RULER, SYNTHETIC
 
 every_task = pytest.mark.parametrize("task", SYNTHETIC)
@@ -318,3 +321,17 @@ def test_stories_have_no_rooms_but_babis():
     assert all(
         sample.outputs[0] in ROOMS for sample in parts.samples("babi_long", "embedded", 4096, number=6)
     )
+
+
+@every_task
+def test_noise_as_the_haystack_holds_every_task_but_the_copying_of_a_paragraph(task):
+    noise = read_haystack([Path("noise")], split="test")
+    asked = requests(task, noise, parts.tokenizer("embedded"), lengths=[800], depths=1, samples=1, seed=0)
+    if task == "repeat":
+        with pytest.raises(DataError, match="every paragraph of the haystack is in another one"):
+            make_sample(next(asked))
+        return
+    sample = make_sample(next(asked))
+    assert sample.facts["tokens"] + sample.max_new_tokens >= 0.95 * 800
+    solved = SOLVERS[task](sample)
+    assert solved == (set(sample.outputs) if isinstance(solved, set) else sample.outputs)

@@ -1,0 +1,96 @@
+"""An evaluation says how long it will take, and `--max-hours` leaves lengths out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longlora_cli.commands import eval as command
+from longlora_cli.commands import eval_pace
+from longlora_cli.config import EvalConfig
+from longlora_cli.console import Console
+from longlora_cli.errors import SettingsError
+from longlora_cli.evaluation.estimate import Pace
+from longlora_cli.evaluation.plan import EvalPlan, make_plan
+from longlora_cli.evaluation.readings import readings
+from longlora_cli.models.loading import ModelFacts
+from longlora_cli.models.tokenizer import load_tokenizer
+
+FACTS = ModelFacts(layers=2, width=8, heads=2, kv_heads=2, head_dim=4, vocabulary=10)
+
+
+def config_of(model: Path, out: Path, **more: Any) -> EvalConfig:
+    given: dict[str, Any] = {"haystack": [Path("noise")], "depths": 2, "samples": 1} | more
+    return EvalConfig(model=str(model), out=out, **given)
+
+
+def plan_of(config: EvalConfig) -> EvalPlan:
+    return make_plan(config, load_tokenizer(config.model))
+
+
+def test_each_task_has_a_reading_for_each_of_its_questions(tiny_model_folder: Path, tmp_path: Path) -> None:
+    tasks = ["passkey", "lines"]
+    plan = plan_of(config_of(tiny_model_folder, tmp_path / "o", tasks=tasks, lengths=[400, 600], samples=3))
+    found = readings(plan, [400, 600])
+    assert {task: len(work) for task, work in found.items()} == {task: plan.grid_count() for task in tasks}
+
+
+def test_no_prompt_is_longer_than_what_is_counted_for_it(tiny_model_folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(config_of(tiny_model_folder, tmp_path / "o", tasks=["passkey"], lengths=[400]))
+    counted = readings(plan, [400])["passkey"]
+    questions = list(plan.grid_questions("passkey"))
+    shared = 0
+    while questions[0].prompt[shared] == questions[1].prompt[shared]:
+        shared += 1
+    assert [len(q.prompt) <= r.tokens for q, r in zip(questions, counted, strict=True)] == [True, True]
+    assert counted[1].reused <= shared  # the second is counted as if less of it were in the cache than is
+
+
+def run(config: EvalConfig) -> dict[str, Any]:
+    return command.run(config, Console(json_mode=True), dry_run=False)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 tokens take 0.4 hours a question, 600 tokens 0.6."""
+    pace = Pace(FACTS, 500_000, 1e6 / 3.6, 0.0)
+    monkeypatch.setattr(eval_pace, "measure_pace", lambda *_: pace)
+
+
+@pytest.mark.usefixtures("slow")
+def test_the_longest_length_is_left_out_and_results_say_so(tiny_model_folder: Path, tmp_path: Path) -> None:
+    config = config_of(tiny_model_folder, tmp_path / "o", tasks=["lines"], lengths=[400, 600], max_hours=1.0)
+    found = run(config)
+    assert found["dropped_lengths"] == [600]
+    assert [part["length"] for part in found["tasks"]["lines"]["lengths"]] == [400]
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_fits_is_measured_whole(tiny_model_folder: Path, tmp_path: Path) -> None:
+    config = config_of(tiny_model_folder, tmp_path / "o", tasks=["lines"], lengths=[400, 600], max_hours=3.0)
+    assert "dropped_lengths" not in run(config)
+
+
+@pytest.mark.usefixtures("slow")
+def test_one_length_that_takes_too_long_is_refused_before_anything_is_asked(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    config = config_of(tiny_model_folder, tmp_path / "o", tasks=["lines"], lengths=[400], max_hours=0.1)
+    with pytest.raises(SettingsError, match=r"about 4[0-9] min are needed"):
+        run(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_pace_of_a_real_model_says_the_time_of_its_own_prompts_to_a_factor_of_four(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    config = config_of(tiny_model_folder, tmp_path / "o", tasks=["lines"], lengths=[2000], samples=4)
+    from longlora_cli.models.loading import load_model
+
+    plan = plan_of(config)
+    loaded = load_model(config, config, context_length=plan.longest)
+    told = eval_pace.measure_pace(loaded, plan).seconds(readings(plan, config.lengths)["lines"])
+    taken = run(config)["tasks"]["lines"]["seconds"]
+    assert taken / 4 < told < taken * 4
