@@ -21,6 +21,7 @@ from longlora_cli.sections import (
     AdapterSection,
     BenchmarkSection,
     EngineSection,
+    ExportSection,
     ModelSection,
     OptimSection,
     PaceSection,
@@ -171,7 +172,7 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-class EvalConfig(PaceSection, BenchmarkSection, RopeSection, ModelSection):
+class EvalConfig(ExportSection, PaceSection, BenchmarkSection, RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -184,7 +185,7 @@ class EvalConfig(PaceSection, BenchmarkSection, RopeSection, ModelSection):
         False, "Only write the samples of synthetic tasks, as .jsonl with RULER's fields; no model is loaded."
     )
     # None only where finished results are read; else the checks below refuse it.
-    out: Path = setting(None, "Folder to make; with --report the .html file.", short="-o")
+    out: Path = setting(None, "Folder to make; with --report and no --export the .html file.", short="-o")
     report: Path | None = setting(
         None, "Finished evaluation whose report is made anew from its results and samples; no model is read."
     )
@@ -252,7 +253,7 @@ class EvalConfig(PaceSection, BenchmarkSection, RopeSection, ModelSection):
         if self.rescore is not None:
             return "eval_rescore"
         if self.report is not None:
-            return "eval_report"
+            return "eval_report" if self.export is None else "eval_export"
         if self.only_compares:
             return "eval_compare"
         return "eval_make" if self.make else command
@@ -270,10 +271,11 @@ class EvalConfig(PaceSection, BenchmarkSection, RopeSection, ModelSection):
                 raise ValueError("--rescore needs --scorer NAME, such as longbench.qa_f1")
             return self
         self.needs("scorer", False, "it belongs to --rescore")
+        self.needs("export", self.report is not None, "it belongs to --report FOLDER")
         if self.out is None:
             raise ValueError("--out is missing (Folder to make.)")
         if self.report is not None:
-            self.allows_only("report", "out")
+            self.allows_only("report", "out", "export")
         elif self.only_compares:
             for name in sorted(self.model_fields_set - {"out", "compare"}):
                 self.needs(name, False, "without --model, --out and --compare are two finished folders")

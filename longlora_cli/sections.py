@@ -128,6 +128,14 @@ class BenchmarkSection(Section):
             raise ValueError("--rope changes how long a prompt may be; say it with --max-prompt")
 
 
+class ExportSection(Section):
+    """As what a finished evaluation is written again."""
+
+    export: Literal["lm-eval", "longbench"] | None = setting(
+        None, "With --report: write its results and answers as files of lm-evaluation-harness or LongBench."
+    )
+
+
 class AdapterSection(Section):
     """What is trained."""
 

@@ -41,7 +41,7 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
             hint=f"Write --out {folder.name}.html",
         )
     refuse_existing(out)
-    results, rows = _read(folder)
+    results, rows = read_finished(folder)
     page, picked = make_page(results, rows)
     if not dry_run:
         write_text(out, page)
@@ -52,7 +52,13 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     return found | ({"dry_run": True} if dry_run else {})
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:
+def read_finished(folder: Path) -> tuple[dict[str, Any], dict[str, list[Row]]]:
+    """The results of the evaluation that `--report` names, and the samples of each task; every byte is verified.
+
+    Raises:
+        DataError: It is not a finished evaluation.
+        IntegrityError: It is one whose bytes have changed.
+    """
     if not is_artifact(folder, "evaluation"):
         what = "is not a finished evaluation" if folder.exists() else "does not exist"
         raise DataError(f"--report {folder} {what}", hint="Give it a folder that longlora eval made.")

@@ -194,7 +194,7 @@ def test_a_killed_reading_goes_on_to_the_numbers_of_an_uninterrupted_one(
     tiny_model_folder, tmp_path, monkeypatch
 ):
     path = tmp_path / "long.txt"
-    path.write_text(TEXTS[0] * 12)
+    path.write_text(TEXTS[0] * 5)
 
     def config(name):
         return config_of(

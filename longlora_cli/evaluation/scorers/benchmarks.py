@@ -44,8 +44,9 @@ def multiple_choice(prediction: str, references: Sequence[str], extra: Extra = N
     """`score`: the letter that was likeliest is right; `normalized`: the one that was likeliest by character is, which
     `extra` has as `normalized` (the same letter where nothing was divided).
     """
-    by_character = extra.get("normalized", prediction)
-    return {"score": float(prediction in references), "normalized": float(by_character in references)}
+    said = prediction.strip()
+    by_character = extra.get("normalized", said)
+    return {"score": float(said in references), "normalized": float(by_character in references)}
 
 
 RULES = (
