@@ -41,6 +41,7 @@ def say(text: str) -> None:
 def make(options: argparse.Namespace) -> tuple[EvalPlan, LoadedModel]:
     """The questions of both grids, and the model that answers them."""
     config = EvalConfig(
+        beyond=True,
         model=str(options.model),
         tasks=["needle", "passkey"],
         out=Path("unused"),

@@ -66,6 +66,9 @@ class PaceSection(Section):
     preset: Literal["smoke", "quick", "standard", "paper"] | None = setting(
         None, "Tasks, lengths and samples by one name; other settings win (docs/eval.md)."
     )
+    beyond: bool = setting(
+        False, "Measure lengths beyond what the model was made for too; without it they are refused."
+    )
     max_hours: float | None = setting(
         None, "Leave out the longest lengths if the evaluation would take longer than this.", gt=0
     )

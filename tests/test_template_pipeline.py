@@ -78,7 +78,7 @@ def test_another_template_than_a_runs_is_told(
     assert call("chat", *chatml, "-p", "Who?", "--max-new-tokens", "8") == 0
     assert "run was trained with another chat template than chatml" in capsys.readouterr().err
     Path("rows.jsonl").write_text(json.dumps({"input": "Who?", "outputs": ["x"]}) + "\n")
-    assert call("eval", *chatml, "--tasks", "generate", "--data", "rows.jsonl", "--out", "e") == 0
+    assert call("eval", *chatml, "--beyond", "--tasks", "generate", "--data", "rows.jsonl", "--out", "e") == 0
     assert "run was trained with another chat template than chatml" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from longlora_cli.config import EvalConfig
 from longlora_cli.data.haystack import Haystack
 from longlora_cli.data.readers import kind_of
-from longlora_cli.errors import DataError
+from longlora_cli.errors import DataError, SettingsError
 from longlora_cli.evaluation.file_plan import FilePlan, plan_files
 from longlora_cli.evaluation.generation import Question
 from longlora_cli.evaluation.perplexity_plan import check_texts
@@ -162,7 +162,7 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
     With both `ppl` and `generate`, .jsonl files of `data` are rows and everything else is text.
 
     Raises:
-        SettingsError: A metric that does not exist, a length that does not hold its sample.
+        SettingsError: A metric that does not exist, a length that does not hold its sample, lengths beyond the model.
         DataError: Input that cannot be used.
         NotFoundError: The embedded book is needed and not there.
     """
@@ -193,7 +193,22 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
     files = plan_files(config, tokenizer, _readable(config)) if config.file_tasks else None
     plan = EvalPlan(config, tokenizer, texts, questions, haystack, files)
     plan.check_lengths()
+    _refuse_beyond(plan)
     return plan
+
+
+def _refuse_beyond(plan: EvalPlan) -> None:
+    """Nobody should take what a model does outside its positions for what it can do; `--rope` gives it others."""
+    config = plan.config
+    if config.make or config.beyond or config.rope != "keep":
+        return
+    readable = _readable(config)
+    if plan.longest > readable:
+        raise SettingsError(
+            f"up to {plan.longest:,} tokens would be read, {config.model} is made for {readable:,}",
+            rule="--lengths and --window stay within a model's positions, unless --rope changes them.",
+            hint="Use shorter ones, or add --beyond to see what happens there.",
+        )
 
 
 def _readable(config: EvalConfig) -> int:

@@ -84,6 +84,7 @@ def test_all_tasks_end_in_one_verified_folder_whose_numbers_can_be_recomputed(
 ):
     out = tmp_path / "result"
     config = EvalConfig(
+        beyond=True,
         model=str(tiny_model_folder),
         tasks=["ppl", "passkey", "needle", "generate"],
         out=out,
@@ -129,6 +130,7 @@ def finished(tiny_model_folder, rows, tmp_path_factory):
     """An evaluation of a grid and of rows; the tasks are not in alphabetical order."""
     out = tmp_path_factory.mktemp("finished") / "result"
     config = EvalConfig(
+        beyond=True,
         model=str(tiny_model_folder),
         tasks=["passkey", "generate"],
         out=out,
@@ -190,6 +192,7 @@ def test_a_dry_run_counts_with_the_tokenizer_alone_and_writes_nothing(
     tiny_model_folder, book, rows, tmp_path, no_model
 ):
     config = EvalConfig(
+        beyond=True,
         model=str(tiny_model_folder),
         tasks=["ppl", "needle", "generate"],
         out=tmp_path / "result",
@@ -227,9 +230,10 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tiny_model_folder, book, 
     for changes, kind, message in cases:
         settings = {"model": str(tiny_model_folder), "out": tmp_path / "result", **changes}
         with pytest.raises(kind, match=message) as caught:
-            run(EvalConfig(**settings))
+            run(EvalConfig(beyond=True, **settings))
         assert caught.value.exit_code == 2
     config = EvalConfig(
+        beyond=True,
         model=str(tiny_model_folder),
         out=tmp_path / "result",
         tasks=["generate"],
@@ -259,8 +263,21 @@ def test_settings_without_effect_are_refused(tmp_path, flags, message):
         resolve("eval", {"out": str(tmp_path / "o"), **flags})
 
 
+@pytest.mark.parametrize(
+    "asked", [{"tasks": ["passkey"], "lengths": [200]}, {"tasks": ["ppl"], "window": 256}]
+)
+@pytest.mark.usefixtures("no_model")
+def test_lengths_beyond_the_model_are_refused_before_it_is_loaded(tiny_model_folder, book, tmp_path, asked):
+    data = {"data": [book]} if asked["tasks"] == ["ppl"] else {"haystack": ["noise"]}
+    config = EvalConfig(model=str(tiny_model_folder), out=tmp_path / "result", **asked, **data)
+    with pytest.raises(SettingsError, match=r"up to \d+ tokens would be read, .* is made for 128"):
+        run(config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_lengths_beyond_the_model_are_measured_with_a_warning(tiny_model_folder, book, tmp_path, capsys):
     config = EvalConfig(
+        beyond=True,
         model=str(tiny_model_folder),
         tasks=["passkey"],
         out=tmp_path / "result",
@@ -279,6 +296,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny_model_folder, book, tmp_path, monkey
         raise KeyboardInterrupt
 
     config = EvalConfig(
+        beyond=True,
         model=str(tiny_model_folder), tasks=["ppl", "passkey"], out=tmp_path / "result", data=[book], haystack=[book],
         window=64, max_tokens=100, **GRID,
     )  # fmt: skip
@@ -295,6 +313,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny_model_folder, book, tmp_path, monkey
 def test_a_killed_evaluation_goes_on_to_the_result_of_an_uninterrupted_one(tiny_model_folder, book, tmp_path):
     def config(name):
         return EvalConfig(
+            beyond=True,
             model=str(tiny_model_folder), tasks=["passkey"], out=tmp_path / name, haystack=[book],
             lengths=[400, 800], depths=3, samples=8, max_new_tokens=12, device="cpu",
         )  # fmt: skip

@@ -32,8 +32,9 @@ WORDS = [
 
 def run(capsys, *words):
     """Exit code, the JSON object, standard error."""
+    measures = ["--beyond"] if "--model" in words else []
     with pytest.raises(SystemExit) as left:
-        main(["eval", *map(str, words), "--json"])
+        main(["eval", *map(str, words), *measures, "--json"])
     shown = capsys.readouterr()
     return int(left.value.code or 0), json.loads(shown.out), shown.err
 
@@ -149,7 +150,9 @@ def test_what_cannot_be_compared_is_refused_before_a_model_is_loaded(
 def test_rows_without_a_partner_are_said_in_the_terminal(measuring, first, tmp_path, capsys):
     words = [*measuring[:2], "--tasks", "passkey", *measuring[6:8], "--lengths", "128,160", *measuring[14:]]
     with pytest.raises(SystemExit) as left:
-        main(["eval", *map(str, words), "--out", str(tmp_path / "second"), "--compare", str(first)])
+        main(
+            ["eval", *map(str, words), "--beyond", "--out", str(tmp_path / "second"), "--compare", str(first)]
+        )
     shown = capsys.readouterr()
     assert left.value.code == 0
     assert "passkey: without a partner 6 of A (length 160 depth 1.0 sample 0" in shown.err

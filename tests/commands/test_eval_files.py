@@ -24,7 +24,7 @@ from longlora_cli.storage import verify_folder
 
 def config(model, out, tasks, data, **changes):
     values = {"model": str(model), "out": out, "tasks": tasks, "data": data, "device": "cpu", "dtype": "fp32"}
-    return EvalConfig(**{**values, "max_new_tokens": 8, **changes})
+    return EvalConfig(beyond=True, **{**values, "max_new_tokens": 8, **changes})
 
 
 def run(settings, *, dry_run=False):
@@ -172,6 +172,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_a_model_is_loaded(
 
 def test_samples_that_were_written_are_read_back_as_the_same_questions(tiny_model_folder, tmp_path):
     made = EvalConfig(
+        beyond=True,
         model=str(tiny_model_folder), out=tmp_path / "made", make=True, tasks=["niah_single_1", "lines"],
         lengths=[1200], depths=2, samples=1,
     )  # fmt: skip
@@ -210,7 +211,9 @@ def test_two_evaluations_of_a_benchmark_are_compared_by_every_rule(tiny_model_fo
         )
         run(config(tiny_model_folder, tmp_path / name, ["infinitebench.code_debug"], [folder]))
     found = eval_compare.run(
-        EvalConfig(out=tmp_path / "a", compare=tmp_path / "b"), Console(json_mode=True), dry_run=False
+        EvalConfig(out=tmp_path / "a", compare=tmp_path / "b"),
+        Console(json_mode=True),
+        dry_run=False,
     )
     cells = {cell["score"]: cell for cell in found["comparison"]["cells"]}
     assert cells["score"]["difference"] == 0.0

@@ -23,7 +23,7 @@ FACTS = ModelFacts(layers=2, width=8, heads=2, kv_heads=2, head_dim=4, vocabular
 
 def config_of(model: Path, out: Path, **more: Any) -> EvalConfig:
     given: dict[str, Any] = {"haystack": [Path("noise")], "depths": 2, "samples": 1} | more
-    return EvalConfig(model=str(model), out=out, **given)
+    return EvalConfig(beyond=True, model=str(model), out=out, **given)
 
 
 def plan_of(config: EvalConfig) -> EvalPlan:

@@ -50,7 +50,9 @@ def samples(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def run(settings: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
-    return command.run(EvalConfig(**settings, out=out, **more), Console(json_mode=True), dry_run=False)
+    return command.run(
+        EvalConfig(beyond=True, **settings, out=out, **more), Console(json_mode=True), dry_run=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,7 @@ def test_two_processes_of_a_launcher_are_the_evaluation(
     out = tmp_path / "out"
     words = [f"--{k.replace('_', '-')}={','.join(map(str, v)) if isinstance(v, list) else v}"
              for k, v in settings.items() if k not in ("data", "haystack")]  # fmt: skip
+    words += ["--beyond"]
     words += [
         word for name in ("data", "haystack") for path in settings[name] for word in (f"--{name}", str(path))
     ]

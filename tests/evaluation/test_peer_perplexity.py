@@ -133,7 +133,14 @@ def texts(tmp_path):
 
 def measured(folder, out, paths, **settings):
     config = EvalConfig(
-        model=str(folder), dtype="fp32", device="cpu", tasks=["ppl"], out=out, data=paths, **settings
+        beyond=True,
+        model=str(folder),
+        dtype="fp32",
+        device="cpu",
+        tasks=["ppl"],
+        out=out,
+        data=paths,
+        **settings,
     )
     return command.run(config, Console(json_mode=True), dry_run=False)["tasks"]["ppl"]
 

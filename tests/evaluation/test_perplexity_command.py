@@ -42,7 +42,14 @@ def texts(tmp_path):
 
 def config_of(folder, out, paths, **settings):
     return EvalConfig(
-        model=str(folder), dtype="fp32", device="cpu", tasks=["ppl"], out=out, data=paths, **settings
+        beyond=True,
+        model=str(folder),
+        dtype="fp32",
+        device="cpu",
+        tasks=["ppl"],
+        out=out,
+        data=paths,
+        **settings,
     )
 
 
