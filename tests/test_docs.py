@@ -102,17 +102,7 @@ def as_in_workspace(line: str) -> list[str]:
     if "--out" in words and not compares:
         place = words.index("--out") + 1
         words[place] = "somewhere-new" + Path(words[place]).suffix
-    if words[1] == "eval" and not compares and {"--lengths", "--preset"} & set(words):
-        # A dry run makes every sample: one a task and length says as much as a page's hundreds, which take minutes.
-        words = [*without(words, "--depths", "--samples"), "--depths", "1", "--samples", "1"]
     return words
-
-
-def without(words: list[str], *flags: str) -> list[str]:
-    """The words without these flags and the value behind each."""
-    return [
-        word for before, word in zip(["", *words], words, strict=False) if not {before, word} & set(flags)
-    ]
 
 
 @pytest.mark.parametrize(("page", "line"), command_lines())

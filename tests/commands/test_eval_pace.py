@@ -94,3 +94,23 @@ def test_the_pace_of_a_real_model_says_the_time_of_its_own_prompts_to_a_factor_o
     told = eval_pace.measure_pace(loaded, plan).seconds(readings(plan, config.lengths)["lines"])
     taken = run(config)["tasks"]["lines"]["seconds"]
     assert taken / 4 < told < taken * 4
+
+
+@pytest.mark.parametrize("task", ["lines", "passkey", "niah_single_1"])
+def test_a_dry_run_makes_nothing_and_counts_to_five_per_cent(
+    task: str, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tiny_model_folder, tmp_path / "o", tasks=[task], lengths=[600, 900], samples=3)
+    plan = plan_of(config)
+    ask = plan.grid_questions if task == "passkey" else plan.sample_questions
+    exact = [len(question.prompt) for question in ask(task)]
+
+    def made(*_: Any) -> None:
+        raise AssertionError("made")
+
+    monkeypatch.setattr("longlora_cli.evaluation.tasks.registry.make_sample", made)
+    monkeypatch.setattr("longlora_cli.evaluation.tasks.passkey.passkey_questions", made)
+    counts = plan.counts()[task]
+    assert counts["samples"] == len(exact)
+    assert counts["tokens"] == pytest.approx(sum(exact), rel=0.05)
+    assert counts["longest"] >= max(exact)
