@@ -13,16 +13,20 @@ import numpy as np
 
 from longlora_cli import __version__
 from longlora_cli.commands import eval_compare
+from longlora_cli.commands.eval_audits import show_audits
 from longlora_cli.commands.eval_files import show_benchmarks
 from longlora_cli.commands.eval_shards import processes, show_share
 from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
+from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.errors import Interrupted
 from longlora_cli.evaluation.answerer import SessionAnswerer
+from longlora_cli.evaluation.audits import Audit, audit_rows, longest_read
 from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
+from longlora_cli.evaluation.live_checks import Live, look_at, readable_tokens
 from longlora_cli.evaluation.measure import (
     TaskResult,
     measure_generation,
@@ -76,6 +80,7 @@ def _run(
         return _show_counts(plan, console)
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
+    live = look_at(loaded, rope=config.rope, chat_template=config.chat_template)
     started = time.perf_counter()
     identity = model_identity(loaded)
     try:
@@ -102,6 +107,7 @@ def _run(
                     threshold=config.effective_score / 100,
                 ),
                 "benchmarks": _benchmarks(plan, found),
+                "audits": _audits(plan, live, found),
                 "peak_bytes": peak_bytes(loaded),
                 "seconds": round(time.perf_counter() - started, 3),
             }
@@ -116,6 +122,7 @@ def _run(
     synthetic = {task: results["tasks"][task] for task in plan.synthetic}
     show_tasks(synthetic, results["groups"], console)
     show_benchmarks(results["benchmarks"], results["tasks"], console)
+    show_audits(results["audits"], console)
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
         f"open {config.out / 'report.html'} in a browser"
@@ -144,9 +151,7 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
 
 
 def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
-    record = loaded.source.record
-    stretched = loaded.rope.max_position_embeddings if plan.config.rope != "keep" else loaded.own_length
-    readable = record.context_length if record else stretched
+    readable = readable_tokens(loaded, plan.config.rope)
     if plan.longest > readable:
         console.warn(
             f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
@@ -203,6 +208,17 @@ def _benchmarks(plan: EvalPlan, found: dict[str, TaskResult]) -> dict[str, Any]:
     for opened in plan.files.tasks if plan.files is not None else ():
         tasks.setdefault(opened.family.name, {})[opened.task] = found[opened.name].summary
     return {name: score_benchmark(FAMILIES[name], summaries) for name, summaries in tasks.items()}
+
+
+def _audits(plan: EvalPlan, live: Live, found: dict[str, TaskResult]) -> list[Audit]:
+    rows = {task: result.rows for task, result in found.items()}
+    summaries = {task: result.summary for task, result in found.items()}
+    bos = plan.tokenizer.bos_token_id
+    return [
+        *audit_rows(rows, summaries, bos=bos, begins_with_bos=bos in safe_encoder(plan.tokenizer).begin),
+        live.position_audit(longest_read(rows, summaries)),
+        *live.audits,
+    ]
 
 
 def _versions() -> dict[str, str]:
