@@ -13,20 +13,24 @@ import numpy as np
 
 from longlora_cli import __version__
 from longlora_cli.commands import eval_compare
-from longlora_cli.commands.eval_audits import show_audits
+from longlora_cli.commands.eval_audits import (
+    audits_of,
+    control_of,
+    look_at_training,
+    show_audits,
+    show_control,
+)
 from longlora_cli.commands.eval_files import show_benchmarks
 from longlora_cli.commands.eval_shards import processes, show_share
 from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
-from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.errors import Interrupted
 from longlora_cli.evaluation.answerer import SessionAnswerer
-from longlora_cli.evaluation.audits import Audit, audit_rows, longest_read
 from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
-from longlora_cli.evaluation.live_checks import Live, look_at, readable_tokens
+from longlora_cli.evaluation.live_checks import look_at, readable_tokens
 from longlora_cli.evaluation.measure import (
     TaskResult,
     measure_generation,
@@ -44,6 +48,7 @@ from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
 from longlora_cli.evaluation.sharding import Shard
 from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
+from longlora_cli.evaluation.train_overlap import open_train_data
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
@@ -76,8 +81,11 @@ def _run(
     refuse_existing(config.out)
     other = eval_compare.read_other(config)
     plan = make_plan(config, _load_tokenizer(config, console))
+    training = open_train_data(config.train_data, plan.tokenizer)
     if dry_run:
         return _show_counts(plan, console)
+    whole = mesh.is_main and config.shard is None
+    overlap = look_at_training(plan, training, console) if whole else []
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
     live = look_at(loaded, rope=config.rope, chat_template=config.chat_template)
@@ -107,7 +115,8 @@ def _run(
                     threshold=config.effective_score / 100,
                 ),
                 "benchmarks": _benchmarks(plan, found),
-                "audits": _audits(plan, live, found),
+                "audits": [*audits_of(plan, live, found), *overlap],
+                "control": control_of(config, found),
                 "peak_bytes": peak_bytes(loaded),
                 "seconds": round(time.perf_counter() - started, 3),
             }
@@ -122,6 +131,7 @@ def _run(
     synthetic = {task: results["tasks"][task] for task in plan.synthetic}
     show_tasks(synthetic, results["groups"], console)
     show_benchmarks(results["benchmarks"], results["tasks"], console)
+    show_control(results["tasks"], results["control"].get("left_out", {}), console)
     show_audits(results["audits"], console)
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
@@ -182,7 +192,13 @@ def _measure(
         for opened in plan.files.tasks:
             with bar(f"{opened.name} (questions)", plan.files.counts[opened.name]) as advance:
                 found[opened.name] = measure_file_task(
-                    opened, answerer, plan.files, journal, identity, advance
+                    opened,
+                    answerer,
+                    plan.files,
+                    journal,
+                    identity,
+                    advance,
+                    control=plan.config.control,
                 )
     for task in plan.tasks:
         if is_from_files(task):
@@ -208,17 +224,6 @@ def _benchmarks(plan: EvalPlan, found: dict[str, TaskResult]) -> dict[str, Any]:
     for opened in plan.files.tasks if plan.files is not None else ():
         tasks.setdefault(opened.family.name, {})[opened.task] = found[opened.name].summary
     return {name: score_benchmark(FAMILIES[name], summaries) for name, summaries in tasks.items()}
-
-
-def _audits(plan: EvalPlan, live: Live, found: dict[str, TaskResult]) -> list[Audit]:
-    rows = {task: result.rows for task, result in found.items()}
-    summaries = {task: result.summary for task, result in found.items()}
-    bos = plan.tokenizer.bos_token_id
-    return [
-        *audit_rows(rows, summaries, bos=bos, begins_with_bos=bos in safe_encoder(plan.tokenizer).begin),
-        live.position_audit(longest_read(rows, summaries)),
-        *live.audits,
-    ]
 
 
 def _versions() -> dict[str, str]:

@@ -64,6 +64,7 @@ class Question:
         stop: The answer ends before the first of these strings.
         scorer: Name of the scorer that judges the answer; None: the caller knows.
         extra: What the scorer needs besides; copied into its row.
+        without_context: The prompt without what it asks about; None where the two cannot be told apart.
     """
 
     task: str
@@ -75,6 +76,7 @@ class Question:
     stop: tuple[str, ...] = ()
     scorer: str | None = None
     extra: Row = field(default_factory=dict)
+    without_context: Sequence[int] | None = None
 
 
 def hash_sample(content: Any, references: Sequence[str]) -> str:
@@ -109,8 +111,8 @@ def predict(
 
     Yields:
         Rows: `key`, `task`, the question's facts, `sample_hash`, `first_tokens` of the prompt, `references`,
-        `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where the
-        question has them. `finish` is `stop` where one of its strings was met.
+        `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where
+        the question has them. `finish` is `stop` where one of its strings was met.
     """
     kept = journal if journal is not None else Journal()
     for question in kept.share(questions, lambda one: text_of(one.facts)):
