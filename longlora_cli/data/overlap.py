@@ -8,7 +8,7 @@ as a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -60,10 +60,22 @@ class OverlapCheck:
             for found, _ in self._pieces(text):
                 self._marked[found] = True
 
-    @property
-    def marked(self) -> tuple[int, int]:
-        """How many different runs of the evaluation data were met by `mark`, and how many there are."""
-        return int(self._marked.sum()), len(self._marked)
+    def marked(self, groups: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """How many different runs of each group of the evaluation data were met by `mark`, and how many it has.
+
+        Args:
+            groups: The group of each text of the evaluation data.
+        """
+        hashes, places = _windows(self._words)
+        runs = np.searchsorted(self._hashes, hashes)
+        texts = np.searchsorted(np.flatnonzero(self._words == _UNKNOWN), places)
+        names = sorted(set(groups))
+        group = np.array([names.index(name) for name in groups])[texts]
+        found = {}
+        for number, name in enumerate(names):
+            own = np.unique(runs[group == number])
+            found[name] = (int(self._marked[own].sum()), len(own))
+        return found
 
     def _learn(self, text: str) -> Numbers:
         numbers = self._numbers

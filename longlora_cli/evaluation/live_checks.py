@@ -109,11 +109,16 @@ def _template(loaded: LoadedModel, chosen: str) -> Audit:
         value = "none: prompts are plain texts"
     else:
         value = f"{chosen}, sha256 {template_sha256(tokenizer)[:12]}"
+    if folder is None:
+        return audit(name, value, None)
     if was_trained_otherwise(folder, tokenizer):
         return audit(name, value, False, "the run was trained with another one")
-    if folder is None or not (folder / "chat_template.jinja").is_file():
-        return audit(name, value, None, "which one it was trained with is not recorded" if folder else "")
-    return audit(name, value, True, "the one that the run was trained with")
+    if (folder / "chat_template.jinja").is_file():
+        return audit(name, value, True, "the one that the run was trained with")
+    if not (folder / "tokenizer.json").is_file():
+        return audit(name, value, None, "which one the run was trained with is not recorded")
+    ok = not tokenizer.chat_template
+    return audit(name, value, ok, "" if ok else "the run was trained without one")
 
 
 def _quantization(loaded: LoadedModel) -> Audit:

@@ -95,7 +95,7 @@ def _texts_of(document: Document) -> Iterator[str]:
 
 
 def overlap_audit(plan: EvalPlan, data: Sequence[TrainData], advance: Callable[[int], None]) -> Audit:
-    """The share of the different runs of 13 words of what is asked that training data hold.
+    """For each task the share of the different runs of 13 words of what it asks that training data hold.
 
     Args:
         plan: What is asked; prompts are looked at as the model reads them.
@@ -105,20 +105,27 @@ def overlap_audit(plan: EvalPlan, data: Sequence[TrainData], advance: Callable[[
     Raises:
         DataError: Nothing that is asked has 13 words; a fault in the training data.
     """
-    most = _MOST_CHARACTERS // len(asked_tasks(plan))
+    tasks = asked_tasks(plan)
+    most = _MOST_CHARACTERS // len(tasks)
+    owners: list[str] = []
+
+    def asked() -> Iterator[str]:
+        for task in tasks:
+            for text in _beginning(texts_of(plan, task), most):
+                owners.append(task)
+                yield text
+
     try:
-        check = OverlapCheck(
-            text for task in asked_tasks(plan) for text in _beginning(texts_of(plan, task), most)
-        )
+        check = OverlapCheck(asked())
     except DataError as error:
         raise DataError(f"--train-data: nothing that is asked has {RUN_WORDS} words") from error
     for part in data:
         check.mark(part.texts(advance))
-    shared, total = check.marked
-    share = shared / total
-    value = {"share": share, "shared": shared, "of": total}
-    note = f"runs of {RUN_WORDS} words in the first {most:,} characters that each task asks"
-    return audit("Overlap with the training data", value, share < _MOST_SHARE, note)
+    shares = {task: shared / of for task, (shared, of) in check.marked(owners).items() if of}
+    bad = [f"{task} {100 * share:.1f} %" for task, share in shares.items() if share >= _MOST_SHARE]
+    looked = f"runs of {RUN_WORDS} words in the first {most:,} characters of each task"
+    note = f"training data hold much of {', '.join(bad)}; {looked}" if bad else looked
+    return audit("Share of what is asked that training data hold", shares, not bad, note)
 
 
 def asked_tasks(plan: EvalPlan) -> list[str]:
