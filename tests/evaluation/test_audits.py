@@ -78,6 +78,10 @@ def test_cut_and_skipped_prompts_are_not_ok_and_their_tokens_are_counted():
     assert found["note"] == "2 of 4 prompts were cut and 1 left out, the most cut by 30 tokens"
 
 
+def test_a_single_cut_prompt_is_not_ok_where_none_was_skipped():
+    assert audits({"longbench.trec": [row(n_truncated=1), row(1)]})["Prompts"]["ok"] is False
+
+
 def test_prompts_that_are_whole_are_ok():
     assert audits({"longbench.trec": [row(n_truncated=0)]})["Prompts"]["ok"] is True
 
