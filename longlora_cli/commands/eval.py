@@ -125,6 +125,13 @@ def _run(
         raise Interrupted(
             "interrupted", rule="Finished samples are kept.", hint="The same command goes on from there."
         ) from error
+    _show(results, plan, console)
+    compared = {} if other is None else {"comparison": eval_compare.compare(config.out, other, console)}
+    return {**results, "out": str(config.out), **compared}
+
+
+def _show(results: dict[str, Any], plan: EvalPlan, console: Console) -> None:
+    config = plan.config
     for task, summary in results["tasks"].items():
         if task in _SHOW:
             _SHOW[task](summary, console)
@@ -137,8 +144,6 @@ def _run(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
         f"open {config.out / 'report.html'} in a browser"
     )
-    compared = {} if other is None else {"comparison": eval_compare.compare(config.out, other, console)}
-    return {**results, "out": str(config.out), **compared}
 
 
 def _load_tokenizer(config: EvalConfig, console: Console) -> Any:
