@@ -20,6 +20,7 @@ from longlora_cli.sections import (
     CHAT_TEMPLATE_HELP,
     AdapterSection,
     BenchmarkSection,
+    ControlSection,
     EngineSection,
     ExportSection,
     ModelSection,
@@ -172,7 +173,7 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-class EvalConfig(ExportSection, PaceSection, BenchmarkSection, RopeSection, ModelSection):
+class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, RopeSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -296,6 +297,7 @@ class EvalConfig(ExportSection, PaceSection, BenchmarkSection, RopeSection, Mode
         others = [task for task in self.tasks if task in BUILT_IN or is_from_files(task)]
         if self.make and others:
             raise ValueError(f"--make writes samples of synthetic tasks, not of {', '.join(others)}")
+        self.check_control(asks=bool(tasks - {"ppl"}), makes=self.make)
         self.check_benchmarks(self.file_tasks, sorted(tasks & {"ppl", "generate"}), self.data, self.rope)
         grid = bool(tasks - {"ppl", "generate", *self.file_tasks})
         for name in ("haystack", "lengths", "depths", "samples", "seed"):

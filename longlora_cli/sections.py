@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from longlora_cli.presets import PRESETS
 from longlora_cli.section import Section, setting
-from longlora_cli.values import Length, Names, Size, parse_length
+from longlora_cli.values import Length, Names, Paths, Size, parse_length
 
 CHAT_TEMPLATE_HELP = (
     "Chat template: auto (the tokenizer's own; a run's as it was trained), llama-2, llama-3, mistral, qwen or "
@@ -137,6 +137,30 @@ class ExportSection(Section):
     export: Literal["lm-eval", "longbench"] | None = setting(
         None, "With --report: write its results and answers as files of lm-evaluation-harness or LongBench."
     )
+
+
+class ControlSection(Section):
+    """What is measured beside the scores, so that they can be trusted."""
+
+    control: Literal["none", "no-context"] = setting(
+        "none", "Ask every question again without its context: what is known or guessed anyway."
+    )
+    train_data: Paths = setting(
+        [], "Training data (prepared, or texts and rows): how much of what is asked they hold."
+    )
+
+    def check_control(self, *, asks: bool, makes: bool) -> None:
+        """Refuse a control of what has no question.
+
+        Args:
+            asks: Something besides perplexity is measured.
+            makes: Samples are only written.
+
+        Raises:
+            ValueError: One line.
+        """
+        self.needs("control", asks and not makes, "it belongs to questions that a model answers")
+        self.needs("train_data", not makes, "no model is measured")
 
 
 class AdapterSection(Section):

@@ -13,6 +13,13 @@ import numpy as np
 
 from longlora_cli import __version__
 from longlora_cli.commands import eval_compare
+from longlora_cli.commands.eval_audits import (
+    audits_of,
+    control_of,
+    look_at_training,
+    show_audits,
+    show_control,
+)
 from longlora_cli.commands.eval_files import show_benchmarks
 from longlora_cli.commands.eval_pace import paced
 from longlora_cli.commands.eval_shards import processes, show_share
@@ -24,6 +31,7 @@ from longlora_cli.evaluation.answerer import SessionAnswerer
 from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
+from longlora_cli.evaluation.live_checks import look_at, readable_tokens
 from longlora_cli.evaluation.measure import (
     TaskResult,
     measure_generation,
@@ -41,6 +49,7 @@ from longlora_cli.evaluation.report.png import save_heatmap, save_position_curve
 from longlora_cli.evaluation.sharding import Shard
 from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
+from longlora_cli.evaluation.train_overlap import open_train_data
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
@@ -73,10 +82,14 @@ def _run(
     refuse_existing(config.out)
     other = eval_compare.read_other(config)
     plan = make_plan(config, _load_tokenizer(config, console))
+    training = open_train_data(config.train_data, plan.tokenizer)
     if dry_run:
         return _show_counts(plan, console)
+    whole = mesh.is_main and config.shard is None
+    overlap = look_at_training(plan, training, console) if whole else []
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
+    live = look_at(loaded, rope=config.rope, chat_template=config.chat_template)
     started = time.perf_counter()
     identity = model_identity(loaded)
     plan, dropped = paced(loaded, plan, mesh, console)
@@ -105,6 +118,8 @@ def _run(
                 ),
                 "benchmarks": _benchmarks(plan, found),
                 **({"dropped_lengths": dropped} if dropped else {}),
+                "audits": [*audits_of(plan, live, found), *overlap],
+                "control": control_of(config, found),
                 "peak_bytes": peak_bytes(loaded),
                 "seconds": round(time.perf_counter() - started, 3),
             }
@@ -113,18 +128,25 @@ def _run(
         raise Interrupted(
             "interrupted", rule="Finished samples are kept.", hint="The same command goes on from there."
         ) from error
+    _show(results, plan, console)
+    compared = {} if other is None else {"comparison": eval_compare.compare(config.out, other, console)}
+    return {**results, "out": str(config.out), **compared}
+
+
+def _show(results: dict[str, Any], plan: EvalPlan, console: Console) -> None:
+    config = plan.config
     for task, summary in results["tasks"].items():
         if task in _SHOW:
             _SHOW[task](summary, console)
     synthetic = {task: results["tasks"][task] for task in plan.synthetic}
     show_tasks(synthetic, results["groups"], console)
     show_benchmarks(results["benchmarks"], results["tasks"], console)
+    show_control(results["tasks"], results["control"].get("left_out", {}), console)
+    show_audits(results["audits"], console)
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
         f"open {config.out / 'report.html'} in a browser"
     )
-    compared = {} if other is None else {"comparison": eval_compare.compare(config.out, other, console)}
-    return {**results, "out": str(config.out), **compared}
 
 
 def _load_tokenizer(config: EvalConfig, console: Console) -> Any:
@@ -147,9 +169,7 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
 
 
 def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
-    record = loaded.source.record
-    stretched = loaded.rope.max_position_embeddings if plan.config.rope != "keep" else loaded.own_length
-    readable = record.context_length if record else stretched
+    readable = readable_tokens(loaded, plan.config.rope)
     if plan.longest > readable:
         console.warn(
             f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
@@ -180,7 +200,13 @@ def _measure(
         for opened in plan.files.tasks:
             with bar(f"{opened.name} (questions)", plan.files.counts[opened.name]) as advance:
                 found[opened.name] = measure_file_task(
-                    opened, answerer, plan.files, journal, identity, advance
+                    opened,
+                    answerer,
+                    plan.files,
+                    journal,
+                    identity,
+                    advance,
+                    control=plan.config.control,
                 )
     for task in plan.tasks:
         if is_from_files(task):

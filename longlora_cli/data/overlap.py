@@ -8,7 +8,7 @@ as a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,30 @@ class OverlapCheck:
             )
         self._hashes, first = np.unique(hashes, return_index=True)
         self._places = places[first]
+        self._marked = np.zeros(len(first), bool)
+
+    def mark(self, texts: Iterable[str]) -> None:
+        """Remember which runs of the evaluation data these texts have; see `marked`."""
+        for text in texts:
+            for found, _ in self._pieces(text):
+                self._marked[found] = True
+
+    def marked(self, groups: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """How many different runs of each group of the evaluation data were met by `mark`, and how many it has.
+
+        Args:
+            groups: The group of each text of the evaluation data.
+        """
+        hashes, places = _windows(self._words)
+        runs = np.searchsorted(self._hashes, hashes)
+        texts = np.searchsorted(np.flatnonzero(self._words == _UNKNOWN), places)
+        names = sorted(set(groups))
+        group = np.array([names.index(name) for name in groups])[texts]
+        found = {}
+        for number, name in enumerate(names):
+            own = np.unique(runs[group == number])
+            found[name] = (int(self._marked[own].sum()), len(own))
+        return found
 
     def _learn(self, text: str) -> Numbers:
         numbers = self._numbers
@@ -62,23 +86,32 @@ class OverlapCheck:
         """How many runs of 13 words of some texts are in the evaluation data, and how many they have."""
         found = total = 0
         for text in texts:
-            words = WORD.findall(text.lower())
-            numbers = np.fromiter((self._numbers.get(w, _UNKNOWN) for w in words), np.int64, len(words))
-            total += max(len(words) - RUN_WORDS + 1, 0)
-            for start in range(0, len(numbers), _WINDOWS_AT_ONCE):
-                found += self._found(numbers[start : start + _WINDOWS_AT_ONCE + RUN_WORDS - 1])
+            for runs, size in self._pieces(text):
+                found += len(runs)
+                total += size
         return found, total
 
-    def _found(self, numbers: Numbers) -> int:
+    def _pieces(self, text: str) -> Iterator[tuple[Numbers, int]]:
+        """Piece by piece of a text the places of those of its runs that are known, and how many runs it has."""
+        words = WORD.findall(text.lower())
+        numbers = np.fromiter((self._numbers.get(w, _UNKNOWN) for w in words), np.int64, len(words))
+        for start in range(0, len(numbers) - RUN_WORDS + 1, _WINDOWS_AT_ONCE):
+            piece = numbers[start : start + _WINDOWS_AT_ONCE + RUN_WORDS - 1]
+            yield self._found(piece), len(piece) - RUN_WORDS + 1
+
+    def _found(self, numbers: Numbers) -> Numbers:
+        """For each run of the numbers that the evaluation data have, which of their runs it is."""
         hashes, places = _windows(numbers)
         if not len(places):
-            return 0
+            return np.zeros(0, np.int64)
         nearest = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
         alike = self._hashes[nearest] == hashes
         ours, theirs = places[alike], self._places[nearest[alike]]
         along = np.arange(RUN_WORDS)
         # Equal hashes are compared word by word: a report of what is not there would be worse than a slow one.
-        return int((numbers[ours[:, None] + along] == self._words[theirs[:, None] + along]).all(1).sum())
+        same = (numbers[ours[:, None] + along] == self._words[theirs[:, None] + along]).all(1)
+        found: Numbers = nearest[alike][same]
+        return found
 
 
 def _windows(numbers: Numbers) -> tuple[npt.NDArray[np.uint64], Numbers]:

@@ -36,10 +36,12 @@ class Exchange:
     Args:
         asked: Messages up to the answer.
         answers: Texts that are all right; the first one is learnt.
+        context: The part of the question that it is about, where the row keeps the two apart.
     """
 
     asked: list[Message]
     answers: list[str]
+    context: str = ""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def _alpaca(row: dict[str, Any]) -> Row:
 def _longbench(row: dict[str, Any]) -> Row:
     context = checked_text(row["context"], "context")
     asked = checked_text(row["input"], "input", may_be_empty=True)
-    return _single(_joined(context, asked), _answers(row["answers"], "answers"), "longbench")
+    return _single(_joined(context, asked), _answers(row["answers"], "answers"), "longbench", context)
 
 
 def _questions(row: dict[str, Any]) -> Row:
@@ -213,7 +215,7 @@ def _questions(row: dict[str, Any]) -> Row:
         messages += _turns(asked if messages else _joined(context, asked), answers)
 
     def exchanges() -> list[Exchange]:
-        return [Exchange([_user(_joined(context, asked))], answers) for asked, answers in pairs]
+        return [Exchange([_user(_joined(context, asked))], answers, context) for asked, answers in pairs]
 
     return Row(messages, "questions", exchanges=exchanges)
 
@@ -241,9 +243,9 @@ def _answers(value: Any, name: str) -> list[str]:
     return [checked_text(answer, name) for answer in value]
 
 
-def _single(question: str, answers: list[str], name: str) -> Row:
+def _single(question: str, answers: list[str], name: str, context: str = "") -> Row:
     messages = _turns(question, answers)
-    return Row(messages, name, exchanges=lambda: [Exchange(messages[:1], answers)])
+    return Row(messages, name, exchanges=lambda: [Exchange(messages[:1], answers, context)])
 
 
 def _turns(question: str, answers: list[str]) -> list[Message]:

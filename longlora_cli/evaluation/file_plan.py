@@ -13,6 +13,7 @@ from longlora_cli.evaluation.generation import Question
 from longlora_cli.evaluation.scorers import UnscorableError, find_scorer
 from longlora_cli.evaluation.tasks.files.cutting import Fitted, Limits, fit, needed_tokens
 from longlora_cli.evaluation.tasks.files.opening import FileTask, open_tasks
+from longlora_cli.evaluation.tasks.prompts import bare_of
 from longlora_cli.evaluation.tasks.sample import Sample
 
 _SOMETHING = "x"  # not empty: rules give an empty answer its 0 before they look at the reference
@@ -77,7 +78,8 @@ class FilePlan:
                 continue
             counts.truncated += found.lost_tokens > 0
             counts.lost_tokens += found.lost_tokens
-            yield found
+            bare = bare_of(sample)
+            yield replace(found, bare=None if bare is None else fit(self.tokenizer, bare, self.limits))
 
     def questions(self, task: FileTask, counts: CutCounts) -> Iterator[Question]:
         """The same as questions; their rows tell what was cut (`n_truncated`, in tokens, and `truncation`)."""
@@ -146,6 +148,7 @@ def question_of(found: Fitted, limits: Limits) -> Question:
         stop=sample.stop,
         scorer=sample.scorer,
         extra=sample.extra,
+        without_context=None if found.bare is None else found.bare.ids,
     )
 
 

@@ -18,6 +18,9 @@ from longlora_cli.evaluation.statistics import mean_clustered
 
 Advance = Callable[[int], None]
 Row = dict[str, Any]
+FIRST_TOKENS = 4
+"""So many tokens of a prompt are kept in its row: enough to see a second BOS."""
+
 _COSTS = ("seconds", "prompt_tokens", "reused_tokens", "new_tokens")
 
 
@@ -61,6 +64,7 @@ class Question:
         stop: The answer ends before the first of these strings.
         scorer: Name of the scorer that judges the answer; None: the caller knows.
         extra: What the scorer needs besides; copied into its row.
+        without_context: The prompt without what it asks about; None where the two cannot be told apart.
     """
 
     task: str
@@ -72,6 +76,7 @@ class Question:
     stop: tuple[str, ...] = ()
     scorer: str | None = None
     extra: Row = field(default_factory=dict)
+    without_context: Sequence[int] | None = None
 
 
 def hash_sample(content: Any, references: Sequence[str]) -> str:
@@ -105,9 +110,9 @@ def predict(
         advance: Called with 1 after each question.
 
     Yields:
-        Rows: `key`, `task`, the question's facts, `sample_hash`, `references`, `prediction`, `finish`, `prompt_tokens`,
-        `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where the question has them. `finish` is `stop`
-        where one of its strings was met.
+        Rows: `key`, `task`, the question's facts, `sample_hash`, `first_tokens` of the prompt, `references`,
+        `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where
+        the question has them. `finish` is `stop` where one of its strings was met.
     """
     kept = journal if journal is not None else Journal()
     for question in kept.share(questions, lambda one: text_of(one.facts)):
@@ -135,7 +140,7 @@ def predict(
         if advance is not None:
             advance(1)
         # Equal questions share a key, but each has its own place.
-        yield row | question.facts | {"sample_hash": question.sample_hash}
+        yield row | question.facts | told_of(question)
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
@@ -145,6 +150,11 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
     start = len(text) - len(text.lstrip())
     places = [place for word in stop if (place := text.find(word, start)) >= 0]
     return text[: min(places)] if places else text
+
+
+def told_of(question: Question) -> Row:
+    """What a row says of its question that its answer does not depend on."""
+    return {"sample_hash": question.sample_hash, "first_tokens": list(question.prompt[:FIRST_TOKENS])}
 
 
 def _judged_by(question: Question) -> Row:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from longlora_cli.data.encoding import safe_encoder
-from longlora_cli.evaluation.generation import Advance, Question, Row
+from longlora_cli.evaluation.generation import Advance, Question, Row, told_of
 from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
 from longlora_cli.evaluation.sharding import text_of
 from longlora_cli.evaluation.tasks.files.multiple_choice import LETTERS
@@ -80,7 +80,7 @@ def weigh(
             kept.add(row)
         if advance is not None:
             advance(1)
-        yield row | question.facts | {"sample_hash": question.sample_hash}
+        yield row | question.facts | told_of(question)
 
 
 def _weighed(weigher: Weigher, question: Question, text: str, tokenizer: Any) -> Row:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from longlora_cli.evaluation.generation import Advance, Answerer, Row, predict, score_rows, speed
+from longlora_cli.evaluation.control import Asked, ask_twice, bare_question
+from longlora_cli.evaluation.generation import Advance, Answerer, Question, Row, predict, score_rows, speed
 from longlora_cli.evaluation.grid import score_grid
 from longlora_cli.evaluation.journal import Journal
 from longlora_cli.evaluation.perplexity import Float32
@@ -65,21 +67,16 @@ def measure_grid(
     advance: Advance | None = None,
 ) -> TaskResult:
     """Ask the questions of `passkey` or `needle`; `advance` is called with questions."""
-    questions = plan.grid_questions(task)
-    rows = list(
-        predict(
-            answerer,
-            questions,
-            max_new_tokens=plan.grid_answer_tokens,
-            settings=identity,
-            journal=journal,
-            advance=advance,
-        )
+    asked = ask_questions(
+        answerer,
+        plan.grid_questions(task),
+        journal,
+        identity,
+        control=plan.config.control,
+        max_new_tokens=plan.grid_answer_tokens,
+        advance=advance,
     )
-    if journal.shard is not None:
-        return TaskResult.of_share(rows)
-    summary, scored = score_grid(rows, threshold=plan.config.effective_score / 100)
-    return TaskResult({**summary, **speed(rows)}, scored)
+    return asked_result(asked, journal, partial(score_grid, threshold=plan.config.effective_score / 100))
 
 
 def measure_generation(
@@ -90,20 +87,51 @@ def measure_generation(
         load_metrics,
     )  # imports datasets: 0.6 s that grids need not pay
 
-    rows = list(
-        predict(
-            answerer,
-            plan.rows,
-            max_new_tokens=plan.config.max_new_tokens,
-            settings=identity,
-            journal=journal,
-            advance=advance,
-        )
+    asked = ask_questions(
+        answerer,
+        plan.rows,
+        journal,
+        identity,
+        control=plan.config.control,
+        max_new_tokens=plan.config.max_new_tokens,
+        advance=advance,
     )
+    return asked_result(asked, journal, lambda rows: score_rows(rows, load_metrics(plan.config.metrics)))
+
+
+def ask_questions(
+    answerer: Answerer,
+    questions: Iterable[Question],
+    journal: Journal,
+    identity: Any,
+    *,
+    control: str,
+    max_new_tokens: int,
+    advance: Advance | None,
+) -> Asked:
+    """Answer a task's questions, and its control's where one is wanted; `advance` is called with whole ones."""
+
+    def ask(some: Iterable[Question], settings: Any, whole: bool) -> Iterator[Row]:
+        return predict(
+            answerer,
+            some,
+            max_new_tokens=max_new_tokens,
+            settings=settings,
+            journal=journal,
+            advance=advance if whole else None,
+        )
+
+    return ask_twice(ask, questions, identity, control=control, bare_of=bare_question)
+
+
+def asked_result(
+    asked: Asked, journal: Journal, score: Callable[[Sequence[Row]], tuple[dict[str, Any], list[Row]]]
+) -> TaskResult:
+    """The result of a task's answers; a share's are not judged."""
     if journal.shard is not None:
-        return TaskResult.of_share(rows)
-    summary, scored = score_rows(rows, load_metrics(plan.config.metrics))
-    return TaskResult({**summary, **speed(rows)}, scored)
+        return TaskResult.of_share(asked.all)
+    summary, scored = asked.controlled(*score(asked.rows), score)
+    return TaskResult({**summary, **speed(asked.rows)}, scored)
 
 
 def peak_bytes(loaded: LoadedModel) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from longlora_cli.evaluation.control import Asked, ask_twice, bare_question
 from longlora_cli.evaluation.file_plan import CutCounts, FilePlan, question_of
 from longlora_cli.evaluation.file_scores import score_file_task
-from longlora_cli.evaluation.generation import Advance, Answerer, Question, predict, speed
+from longlora_cli.evaluation.generation import Advance, Answerer, Question, Row
 from longlora_cli.evaluation.journal import Journal
 from longlora_cli.evaluation.likelihood import Weigher, weigh
-from longlora_cli.evaluation.measure import TaskResult
+from longlora_cli.evaluation.measure import TaskResult, ask_questions, asked_result
 from longlora_cli.evaluation.tasks.files.opening import FileTask
 from longlora_cli.evaluation.tasks.prompts import plain_text
 
@@ -26,6 +28,8 @@ def measure_file_task(
     journal: Journal,
     identity: object,
     advance: Advance | None = None,
+    *,
+    control: str = "none",
 ) -> TaskResult:
     """Ask the questions of one task, or weigh its choices; `advance` is called with questions.
 
@@ -33,17 +37,53 @@ def measure_file_task(
         DataError: A row cannot be used, or all are too long and skipped.
     """
     counts = CutCounts()
-    shared: dict[str, Any] = {"settings": identity, "journal": journal, "advance": advance}
     if task.family.is_choice:
-        rows = list(weigh(model, _with_texts(task, plan, counts), plan.tokenizer, **shared))
+        asked = _weigh_all(task, model, plan, counts, journal, identity, advance, control)
     else:
-        rows = list(predict(model, plan.questions(task, counts), max_new_tokens=1, **shared))
-    if journal.shard is not None:
-        return TaskResult.of_share(rows)
-    summary, scored = score_file_task(task.family, task.task, rows, counts)
-    return TaskResult({**summary, **speed(rows)}, scored)
+        asked = ask_questions(
+            model,
+            plan.questions(task, counts),
+            journal,
+            identity,
+            control=control,
+            max_new_tokens=1,  # each question says its own
+            advance=advance,
+        )
+    return asked_result(asked, journal, lambda rows: score_file_task(task.family, task.task, rows, counts))
 
 
-def _with_texts(task: FileTask, plan: FilePlan, counts: CutCounts) -> Iterator[tuple[Question, str]]:
+@dataclass(frozen=True)
+class _Weighed:
+    """A question of choices with its prompt as text, and that text without the context."""
+
+    question: Question
+    text: str
+    bare_text: str | None = None
+
+
+def _weigh_all(
+    task: FileTask,
+    model: Model,
+    plan: FilePlan,
+    counts: CutCounts,
+    journal: Journal,
+    identity: object,
+    advance: Advance | None,
+    control: str,
+) -> Asked:
+    def ask(some: Iterable[_Weighed], settings: Any, whole: bool) -> Iterator[Row]:
+        pairs = ((one.question, one.text) for one in some)
+        told = advance if whole else None
+        return weigh(model, pairs, plan.tokenizer, settings=settings, journal=journal, advance=told)
+
+    def bare_of(one: _Weighed) -> _Weighed | None:
+        question = bare_question(one.question)
+        return None if question is None or one.bare_text is None else _Weighed(question, one.bare_text)
+
+    return ask_twice(ask, _with_texts(task, plan, counts), identity, control=control, bare_of=bare_of)
+
+
+def _with_texts(task: FileTask, plan: FilePlan, counts: CutCounts) -> Iterator[_Weighed]:
     for found in plan.fitted(task, counts):
-        yield question_of(found, plan.limits), plain_text(found.sample)
+        bare = None if found.bare is None else plain_text(found.bare.sample)
+        yield _Weighed(question_of(found, plan.limits), plain_text(found.sample), bare)

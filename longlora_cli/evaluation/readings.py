@@ -28,6 +28,10 @@ def readings(plan: EvalPlan, lengths: Sequence[int]) -> dict[str, list[Reading]]
     for task in plan.tasks:
         if not is_from_files(task):
             found[task] = list(_of_task(plan, task, sorted(set(lengths))))
+    if plan.config.control == "no-context":
+        for task, work in found.items():
+            bare = [Reading(_QUESTION_TOKENS, 0, one.new_tokens) for one in work if one.new_tokens]
+            found[task] = work + bare
     return found
 
 

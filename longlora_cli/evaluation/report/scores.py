@@ -3,6 +3,7 @@
 A summary is recognised by its shape, not by its task's name, so that a new task needs no new code here:
 
 - `score`, `ci95`, `n` and perhaps `contains`, `contains_ci95`: right answers, with `lengths` and `cells` of such;
+- `control`: the score of the same questions without their context;
 - `scores`: `{name: {"score", "ci95", "n"}}`, with `scorer` inside where scores differ in it;
 - `perplexity`, `nll`, ...: losses, with `gain` where a short context was measured too, and those of `compat` by the
   rules of other programs.
@@ -38,6 +39,7 @@ _SHOWN = {
     "scorers",
     "gain",
     "effective_length",
+    "control",
     *_LOSSES,
 }
 
@@ -76,6 +78,7 @@ def scores_of(summary: Summary) -> list[Score]:
         found.append(
             Score(name, "all", one["score"], one.get("ci95"), one["n"], one.get("scorer", scorer), True)
         )
+    found += _control(summary.get("control", {}), scorer)
     by_length = [_shares(part, f"{part['length']:,} tokens", scorer) for part in summary.get("lengths", [])]
     # All lengths of one score after another, so that a column is read downwards.
     found += [score for scores in zip(*by_length, strict=True) for score in scores]
@@ -91,6 +94,15 @@ def scores_of(summary: Summary) -> list[Score]:
         if part.get("gain") is not None:
             found.append(Score("gain", where, part["gain"], part["gain_ci95"], part["n"], "", False))
     return found
+
+
+def _control(control: Summary, scorer: str) -> Iterator[Score]:
+    """The same questions without their context."""
+    several = control["scores"].items() if "scores" in control else ()
+    one = [("score", control)] if control.get("score") is not None else []
+    for name, part in (*one, *several):
+        rule = part.get("scorer", scorer)
+        yield Score(name, "without context", part["score"], part.get("ci95"), control["n"], rule, True)
 
 
 def _shares(part: Summary, where: str, scorer: str) -> Iterator[Score]:

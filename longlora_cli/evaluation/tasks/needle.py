@@ -121,6 +121,7 @@ def _fit(
                 "question": best.facts[number].question,
             },
             hash_sample(turns[part]["content"], [best.facts[number].answer]),
+            without_context=encode_prompt(tokenizer, [_user(best.facts[number].question)]),
         )
         for part, number in enumerate(best.asked)
     ]
@@ -146,7 +147,11 @@ def _first_turns(chat: RetrievalChat) -> list[dict[str, str]]:
     """The text with each asked question as the only turn."""
     first = chat.messages[0]["content"]
     context = first.removesuffix(chat.facts[chat.asked[0]].question)
-    return [{"role": "user", "content": context + chat.facts[number].question} for number in chat.asked]
+    return [_user(context + chat.facts[number].question) for number in chat.asked]
+
+
+def _user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
 
 
 def _longest_turn(tokenizer: Any, chat: RetrievalChat) -> dict[str, str]:

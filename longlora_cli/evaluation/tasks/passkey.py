@@ -28,6 +28,7 @@ NOISE = (
 _SENTENCE = "The pass key is {key}. Remember it. {key} is the pass key."
 _QUESTION = "What is the pass key?"
 _BASE_PROMPT = "{text}\n\nQuestion: What is the pass key?\nAnswer: The pass key is"
+_BARE_PROMPT = _BASE_PROMPT.format(text="").lstrip()
 # Sentences are measured alone; in the text a joint can cost a token more or less.
 _SLACK_TOKENS = 4
 _MISSES = 64
@@ -69,6 +70,7 @@ def passkey_questions(
     Raises:
         SettingsError: `length` does not hold the question.
     """
+    bare_ids = _encode(tokenizer, "")
     for sample in range(first_sample, first_sample + samples):
         rng = random.Random(f"passkey:{seed}:{length}:{sample}")
         bare = len(_encode(tokenizer, _text([], 0, "88888")))
@@ -85,7 +87,7 @@ def passkey_questions(
             facts: Row = {"length": length, "depth": depth, "actual_depth": actual, "sample": sample}
             if not tokenizer.chat_template:
                 facts["first_word"] = True
-            yield Question(TASK, prompt, [key], facts, hash_sample(text, [key]))
+            yield Question(TASK, prompt, [key], facts, hash_sample(text, [key]), without_context=bare_ids)
 
 
 def _fill(
@@ -137,6 +139,11 @@ def _text(filler: Sequence[Sentence], gap: int, key: str) -> str:
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     if tokenizer.chat_template:
-        return encode_prompt(tokenizer, [{"role": "user", "content": f"{text}\n\n{_QUESTION}"}])
+        return encode_prompt(
+            tokenizer, [{"role": "user", "content": f"{text}\n\n{_QUESTION}" if text else _QUESTION}]
+        )
     encoder = safe_encoder(tokenizer)
-    return [*encoder.begin, *encoder.encode_batch([_BASE_PROMPT.format(text=text)])[0].tolist()]
+    return [
+        *encoder.begin,
+        *encoder.encode_batch([_BASE_PROMPT.format(text=text) if text else _BARE_PROMPT])[0].tolist(),
+    ]

@@ -5,6 +5,7 @@ Text of a sample can never become a control token: both ways go through the enco
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from longlora_cli.data.chat_template import count_prompt, encode_prompt
@@ -55,8 +56,15 @@ def hash_of(sample: Sample) -> str:
     return hash_sample([sample.messages, sample.answer_prefix], sample.outputs)
 
 
+def bare_of(sample: Sample) -> Sample | None:
+    """The sample without its context; None where that cannot be told from the question."""
+    messages = sample.without_context
+    return None if messages is None else replace(sample, messages=messages, context="")
+
+
 def question_of(tokenizer: Any, sample: Sample) -> Question:
     """The sample as a question."""
+    bare = bare_of(sample)
     return Question(
         sample.task,
         prompt_ids(tokenizer, sample),
@@ -67,6 +75,7 @@ def question_of(tokenizer: Any, sample: Sample) -> Question:
         stop=sample.stop,
         scorer=sample.scorer,
         extra=sample.extra,
+        without_context=None if bare is None else prompt_ids(tokenizer, bare),
     )
 
 

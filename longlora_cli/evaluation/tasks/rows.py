@@ -15,6 +15,7 @@ from longlora_cli.data.rows import RowFault, read_row, unknown_keys
 from longlora_cli.data.tool_turns import Tools, has_tools
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.generation import Question, hash_sample
+from longlora_cli.evaluation.tasks.sample import without
 
 TASK = "generate"
 
@@ -28,12 +29,14 @@ class Row:
         messages: Up to the answer.
         references: Answers that are all right.
         tools: What the chat may call.
+        context: The part of the question that it is about, where the file keeps the two apart.
     """
 
     place: str
     messages: list[Message]
     references: list[str]
     tools: Tools | None = None
+    context: str = ""
 
 
 def read_rows(path: Path, *, max_samples: int | None = None) -> list[Row]:
@@ -82,8 +85,8 @@ def _questions_of(line: int, value: Any) -> list[Row]:
         raise RowFault("the last turn calls a tool, so there is no answer to compare with")
     several = len(exchanges) > 1
     return [
-        Row(f"{line}.{number}" if several else str(line), exchange.asked, exchange.answers, row.tools)
-        for number, exchange in enumerate(exchanges, start=1)
+        Row(f"{line}.{number}" if several else str(line), one.asked, one.answers, row.tools, one.context)
+        for number, one in enumerate(exchanges, start=1)
     ]
 
 
@@ -102,24 +105,29 @@ def row_questions(rows: list[Row], tokenizer: Any, *, name: str) -> Iterator[Que
         DataError: The template refuses a chat or cannot show its tools.
     """
     for row in rows:
-        if tokenizer.chat_template:
-            try:
-                prompt = encode_prompt(tokenizer, row.messages, tools=row.tools)
-            except DataError as error:
-                place = f"{name}:{row.place}: {error.message}"
-                raise DataError(place, rule=error.rule, hint=error.hint) from error
-        elif has_tools(row.messages, row.tools):
-            raise DataError(f"{name}:{row.place}: without a chat template tools cannot be shown")
-        else:
-            encoder = safe_encoder(tokenizer)
-            text = "".join(message["content"] + "\n" for message in row.messages)
-            prompt = [*encoder.begin, *encoder.encode_batch([text])[0].tolist()]
+        prompt = _prompt(row, row.messages, tokenizer, name)
+        bare = without(row.messages, row.context) if row.context else None
         facts = {"row": f"{name}:{row.place}"}
         line, dot, _ = row.place.partition(".")
         if dot:  # several questions about one text
             facts["document"] = f"{name}:{line}"
         sample_hash = hash_sample([row.messages, row.tools], row.references)
-        yield Question(TASK, prompt, row.references, facts, sample_hash)
+        bare_ids = None if bare is None else _prompt(row, bare, tokenizer, name)
+        yield Question(TASK, prompt, row.references, facts, sample_hash, without_context=bare_ids)
+
+
+def _prompt(row: Row, messages: list[Message], tokenizer: Any, name: str) -> list[int]:
+    if tokenizer.chat_template:
+        try:
+            return encode_prompt(tokenizer, messages, tools=row.tools)
+        except DataError as error:
+            place = f"{name}:{row.place}: {error.message}"
+            raise DataError(place, rule=error.rule, hint=error.hint) from error
+    if has_tools(messages, row.tools):
+        raise DataError(f"{name}:{row.place}: without a chat template tools cannot be shown")
+    encoder = safe_encoder(tokenizer)
+    text = "".join(message["content"] + "\n" for message in messages)
+    return [*encoder.begin, *encoder.encode_batch([text])[0].tolist()]
 
 
 def read_questions(path: Path, tokenizer: Any, *, max_samples: int | None = None) -> list[Question]:

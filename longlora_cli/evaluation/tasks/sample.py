@@ -30,6 +30,7 @@ class Sample:
         extra: What the scorer needs besides (`question`, `all_classes`, `options`).
         facts: What is known of it (`length`, `depth`, `sample`); copied into its row.
         as_is: Where there is no chat, a single turn is read just as it stands, with no line break put behind it.
+        context: The part of a single turn that the question is about; empty where that is not known.
     """
 
     task: str
@@ -44,3 +45,31 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     as_is: bool = False
+    context: str = ""
+
+    @property
+    def without_context(self) -> list[Message] | None:
+        """Its messages without what the question is about; None where that cannot be told (`without`)."""
+        return without(self.messages, self.context)
+
+
+def without(messages: list[Message], context: str) -> list[Message] | None:
+    """A question without its context: of a chat the last turn alone, of a single turn all but the context.
+
+    Nothing else changes, so that a model that knows or guesses the answer is asked for it in the same words.
+
+    Args:
+        messages: Up to the answer.
+        context: A part of the only turn.
+
+    Returns:
+        The messages; None where the context stands in the turn not once, or nothing stands beside it.
+    """
+    if len(messages) > 1:
+        return [*(m for m in messages[:-1] if m["role"] == "system"), messages[-1]]
+    content = messages[0]["content"]
+    if not context.strip() or content.count(context) != 1:
+        return None
+    before, _, after = content.partition(context)
+    rest = before + after if before.strip() and after.strip() else (before + after).strip()
+    return [{**messages[0], "content": rest}] if rest else None

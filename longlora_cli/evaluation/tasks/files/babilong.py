@@ -47,6 +47,7 @@ def _samples(row: Row) -> Iterator[Sample]:
         max_new_tokens=_MAX_NEW_TOKENS,
         id=f"{length or ''}:{row.line}".lstrip(":"),
         prompts=source,
+        context=context,
         extra={"question": question},
         facts={} if length is None else {"length": length},
     )

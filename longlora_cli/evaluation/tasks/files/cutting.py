@@ -46,12 +46,14 @@ class Fitted:
         ids: Its prompt.
         lost_tokens: How many the whole prompt has more.
         sample_hash: Of the whole sample, whatever was cut: the same for every model.
+        bare: The same question without its context; None where that cannot be told from it.
     """
 
     sample: Sample
     ids: list[int]
     lost_tokens: int
     sample_hash: str
+    bare: Fitted | None = None
 
 
 def fit(tokenizer: Any, sample: Sample, limits: Limits) -> Fitted | None:

@@ -197,6 +197,7 @@ def one_turn(
     id: str,
     prompts: str = PUBLISHED,
     document: str = "",
+    context: str | None = None,
     extra: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     **more: Any,
@@ -212,6 +213,7 @@ def one_turn(
         id: Tells it from the task's others.
         prompts: Where its wording comes from; a fact of its row.
         document: The text that it is about: questions about one text are one cluster of an interval.
+        context: The same as it stands in the prompt, where that differs.
         extra: What the scorer needs, besides the task.
         facts: What else its row tells.
         **more: As `Sample` takes it.
@@ -232,5 +234,6 @@ def one_turn(
             **(facts or {}),
         },
         as_is=True,
+        context=document if context is None else context,
         **more,
     )

@@ -47,6 +47,7 @@ def _samples(row: Row) -> Iterator[Sample]:
         id=str(row.fields.get("_id") or row.line),
         prompts=source,
         document=document,
+        context=document if TASK in row.prompts else document.strip(),
         facts={**facts, "length_class": row.text("length")},
     )
 

@@ -61,6 +61,7 @@ def babi_long(request: Request) -> Sample:
         content = TEMPLATE.format(people=named, context=context, question=question)
         return request.make(
             messages=[{"role": "user", "content": content}],
+            context=context,
             outputs=[answer],
             scorer="babilong",
             max_new_tokens=MAX_NEW_TOKENS,

@@ -66,9 +66,11 @@ def code_run(request: Request) -> Sample:
         listed = units[:count]
         for number, gap in enumerate(gaps):
             listed.insert(number + int(gap * (count + 1)), own[number])
-        content = RUN_TEMPLATE.format(code=_module(listed, padding), name=chain[0], argument=argument)
+        module = _module(listed, padding)
+        content = RUN_TEMPLATE.format(code=module, name=chain[0], argument=argument)
         return request.make(
             messages=[{"role": "user", "content": content}],
+            context=module,
             outputs=[str(argument + sum(added))],
             scorer="infinitebench",
             max_new_tokens=MAX_NEW_TOKENS,
@@ -98,9 +100,11 @@ def code_debug(request: Request) -> Sample:
     shown = "\n".join(f"{mark}. {option}" for mark, option in zip(_LETTERS, options, strict=True))
 
     def finish(listed: list[str], depth: float, padding: str) -> Sample:
-        content = DEBUG_TEMPLATE.format(code=_module(listed, padding), options=shown)
+        module = _module(listed, padding)
+        content = DEBUG_TEMPLATE.format(code=module, options=shown)
         return request.make(
             messages=[{"role": "user", "content": content}],
+            context=module,
             outputs=[wrong, letter],
             scorer="infinitebench@2024-08",
             max_new_tokens=MAX_NEW_TOKENS,

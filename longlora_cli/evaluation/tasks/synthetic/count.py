@@ -42,6 +42,7 @@ def count(request: Request) -> Sample:
     def finish(context: str, places: list[float]) -> Sample:
         return request.make(
             messages=[{"role": "user", "content": COUNT_TEMPLATE.format(context=context, thing=things[0])}],
+            context=context,
             outputs=[str(number)],
             scorer="synthetic.number",
             max_new_tokens=MAX_NEW_TOKENS,
@@ -67,6 +68,7 @@ def sort(request: Request) -> Sample:
         content = SORT_TEMPLATE.format(context=context, things=", ".join(shown))
         return request.make(
             messages=[{"role": "user", "content": content}],
+            context=context,
             outputs=[", ".join(things)],
             scorer="synthetic.order",
             max_new_tokens=request.room_for(", ".join(things), MAX_NEW_TOKENS),

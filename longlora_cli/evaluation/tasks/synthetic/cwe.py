@@ -68,6 +68,7 @@ def _fitted(request: Request, repeats: _Repeats) -> Sample:
         context = _listed(request, "list", words[:count], repeats.common, repeats.other)
         return request.make(
             messages=[{"role": "user", "content": example + TEMPLATE.format(context=context)}],
+            context=context,
             outputs=words[:_COMMON],
             scorer="ruler.all",
             max_new_tokens=MAX_NEW_TOKENS,

@@ -42,8 +42,10 @@ def fwe(request: Request) -> Sample:
         for rank, word in enumerate(words, start=1):
             entries += [word] * int(count / (rank**2 * _ZETA_2))
         request.rng("order").shuffle(entries)
+        context = " ".join(entries)
         return request.make(
-            messages=[{"role": "user", "content": TEMPLATE.format(context=" ".join(entries))}],
+            messages=[{"role": "user", "content": TEMPLATE.format(context=context)}],
+            context=context,
             outputs=words[1:4],
             scorer="ruler.all",
             max_new_tokens=MAX_NEW_TOKENS,

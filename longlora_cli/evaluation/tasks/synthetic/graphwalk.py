@@ -45,6 +45,7 @@ def graphwalk(request: Request) -> Sample:
         listed = lines_of([_edge(*edge) for edge in edges[:count]], padding)
         return request.make(
             messages=[{"role": "user", "content": TEMPLATE.format(edges=listed, question=question)}],
+            context=listed,
             outputs=answer,
             scorer="graphwalks",
             max_new_tokens=request.answer_tokens(MAX_NEW_TOKENS),

@@ -46,6 +46,7 @@ def icl_many(request: Request) -> Sample:
         examples = lines_of(units[:count], padding)
         return request.make(
             messages=[{"role": "user", "content": TEMPLATE.format(examples=examples, word=word)}],
+            context=examples,
             outputs=[labels[asked]],
             scorer="synthetic.answer",
             max_new_tokens=MAX_NEW_TOKENS,

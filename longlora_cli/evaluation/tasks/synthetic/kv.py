@@ -35,6 +35,7 @@ def kv(request: Request) -> Sample:
         pairs = "{" + ",\n".join(listed) + "}" + (f"\n\n{padding}" if padding else "")
         return request.make(
             messages=[{"role": "user", "content": TEMPLATE.format(json=pairs, key=key)}],
+            context=pairs,
             outputs=[value],
             scorer="infinitebench",
             max_new_tokens=MAX_NEW_TOKENS,

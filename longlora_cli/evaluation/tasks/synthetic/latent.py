@@ -51,6 +51,7 @@ def latent(request: Request) -> Sample:
         content = TEMPLATE.format(context=context, question=chosen[0][1])
         return request.make(
             messages=[{"role": "user", "content": content}],
+            context=context,
             outputs=[names[0]],
             scorer="ruler.part",
             max_new_tokens=MAX_NEW_TOKENS,

@@ -33,9 +33,11 @@ def lines(request: Request) -> Sample:
     value = target.rpartition("<")[2].removesuffix(">")
 
     def finish(listed: list[str], depth: float, padding: str) -> Sample:
-        content = TEMPLATE.format(lines=lines_of(listed, padding), key=key)
+        context = lines_of(listed, padding)
+        content = TEMPLATE.format(lines=context, key=key)
         return request.make(
             messages=[{"role": "user", "content": content}],
+            context=context,
             outputs=[value],
             scorer="synthetic.number",
             max_new_tokens=MAX_NEW_TOKENS,

@@ -132,6 +132,7 @@ def _sample(
     where = {"actual_depth": places[0]} if len(places) == 1 else {"actual_depths": places}
     return request.make(
         messages=[{"role": "user", "content": template.format(kind=kind, context=context, query=query)}],
+        context=context,
         outputs=outputs,
         scorer="ruler.all",
         max_new_tokens=MAX_NEW_TOKENS,

@@ -38,6 +38,7 @@ def qa_needle(request: Request) -> Sample:
     def finish(context: str, places: Sequence[float]) -> Sample:
         return request.make(
             messages=[{"role": "user", "content": TEMPLATE.format(context=context, question=question)}],
+            context=context,
             outputs=[(chains[0]["person"], chains[0]["town"], chains[0]["river"])[hops - 1]],
             scorer="synthetic.answer",
             max_new_tokens=MAX_NEW_TOKENS,

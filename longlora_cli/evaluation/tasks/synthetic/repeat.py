@@ -35,6 +35,7 @@ def repeat(request: Request) -> Sample:
         total = sum(costs[:count]) + sum(unit_costs(request, [padding] if padding else []))
         return request.make(
             messages=[{"role": "user", "content": content}],
+            context=context,
             outputs=[texts[asked]],
             scorer="synthetic.copy",
             max_new_tokens=most,

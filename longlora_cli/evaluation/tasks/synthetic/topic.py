@@ -39,6 +39,7 @@ def topic(request: Request) -> Sample:
         # The depth that was asked for chooses a subject; its own place is what is known.
         return request.make(
             messages=[{"role": "user", "content": content}],
+            context=context,
             outputs=[topics[asked]],
             scorer="synthetic.contained",
             max_new_tokens=MAX_NEW_TOKENS,

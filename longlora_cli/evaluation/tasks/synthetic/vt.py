@@ -53,6 +53,7 @@ def vt(request: Request) -> Sample:
         def finish(context: str, found: list[float], shown: str = shown, blocks: int = blocks) -> Sample:
             return request.make(
                 messages=[{"role": "user", "content": shown + TEMPLATE.format(context=context, query=value)}],
+                context=context,
                 outputs=names,
                 scorer="ruler.all",
                 max_new_tokens=request.room_for(", ".join(names), MAX_NEW_TOKENS),
