@@ -39,7 +39,9 @@ def settings(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def run(settings: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
-    return command.run(EvalConfig(**{**settings, **more}, out=out), Console(json_mode=True), dry_run=False)
+    return command.run(
+        EvalConfig(beyond=True, **{**settings, **more}, out=out), Console(json_mode=True), dry_run=False
+    )
 
 
 def samples(folder: Path, task: str) -> list[dict[str, Any]]:
@@ -152,7 +154,7 @@ def test_choices_are_weighed_again_without_their_text(tiny_model_folder, tmp_pat
     path = files.write_lines(tmp_path / "choices.jsonl", rows)
     values = {"model": str(tiny_model_folder), "dtype": "fp32", "device": "cpu", "control": "no-context"}
     values |= {"tasks": ["multiple_choice_cloze"], "data": [path], "out": tmp_path / "out"}
-    found = command.run(EvalConfig(**values), Console(json_mode=True), dry_run=False)
+    found = command.run(EvalConfig(beyond=True, **values), Console(json_mode=True), dry_run=False)
     control = found["tasks"]["multiple_choice_cloze.all"]["control"]
     assert (control["n"], control["left_out"]) == (1, 1)
     first, second = samples(tmp_path / "out", "multiple_choice_cloze.all")

@@ -33,6 +33,7 @@ def plan(tiny_model_folder, tokenizer, tmp_path):
     for seed in (1, 2):
         (tmp_path / f"{seed}.txt").write_text(text(seed))
     config = EvalConfig(
+        beyond=True,
         model=str(tiny_model_folder), tasks=["ppl", "passkey"], data=[tmp_path / "1.txt"],
         haystack=[tmp_path / "2.txt"], lengths=[600], depths=1, samples=1, out=tmp_path / "out",
     )  # fmt: skip
