@@ -309,6 +309,8 @@ def test_the_keyboard_alone_reaches_a_cell_and_its_samples(open_page, evaluation
         opened.page.keyboard.press(key)
     focused = opened.page.evaluate("({...document.activeElement.dataset})")
     assert focused == {"task": "needle", "length": "8192", "depth": "0.5"}
+    stops = "all => all.map((cell) => cell === document.activeElement)"
+    assert opened.page.eval_on_selector_all('.cell[tabindex="0"]', stops) == [True]
     opened.page.keyboard.press("Enter")
     assert [head[2:] for head in shown_samples(opened)] == [["8,192 tokens", "depth 50 %"]] * 4
 
