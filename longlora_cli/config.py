@@ -310,6 +310,7 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
+        self.needs("beyond", not self.make and self.rope == "keep", "no length is refused there")
         self.needs("max_hours", not self.make, "--make measures no model")
         if self.max_hours is not None and self.shard is not None:
             raise ValueError("--max-hours beside --shard: shares have to be of the same lengths")

@@ -96,7 +96,7 @@ def as_in_workspace(line: str) -> list[str]:
     words = shlex.split(line)
     if words[1] == "train" and "--model" in words:
         words[words.index("--model") + 1] = "builtin"
-    if words[1] == "eval" and "--model" in words:
+    if words[1] == "eval" and "--model" in words and "--make" not in words:
         words.append("--beyond")  # the workspace's run reads 128 tokens
     compares = "--compare" in words and "--model" not in words  # its --out exists already
     if "--out" in words and not compares:

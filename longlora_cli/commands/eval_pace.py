@@ -37,11 +37,20 @@ def paced(loaded: LoadedModel, plan: EvalPlan, mesh: Mesh, console: Console) -> 
     Raises:
         SettingsError: Even the shortest length takes too long.
     """
+    seconds, dropped = mesh.from_main(lambda: _decide(measure_pace(loaded, plan), plan, mesh.world))
+    _say(plan, seconds, dropped, console)
+    if not dropped:
+        return plan, []
+    kept = [length for length in plan.config.lengths if length not in dropped]
+    return replace(plan, config=plan.config.model_copy(update={"lengths": kept})), dropped
+
+
+def _decide(pace: Pace, plan: EvalPlan, processes: int) -> tuple[dict[str, float], list[int]]:
+    """Seconds by task, and the lengths to leave out."""
     config = plan.config
-    pace = measure_pace(loaded, plan)
     lengths = sorted(set(config.lengths)) if plan.grids or plan.synthetic else []
     dropped: list[int] = []
-    seconds = _seconds(pace, plan, lengths, mesh)
+    seconds = _seconds(pace, plan, lengths, processes)
     limit = config.max_hours and config.max_hours * _HOUR
     while limit is not None and sum(seconds.values()) > limit:
         if len(lengths) < 2:
@@ -51,13 +60,8 @@ def paced(loaded: LoadedModel, plan: EvalPlan, mesh: Mesh, console: Console) -> 
                 hint="Ask for fewer tasks or --samples, or give more hours.",
             )
         dropped.append(lengths.pop())
-        seconds = _seconds(pace, plan, lengths, mesh)
-    dropped = mesh.gather(dropped)[0]
-    _say(plan, seconds, dropped, console)
-    if not dropped:
-        return plan, []
-    kept = [length for length in config.lengths if length not in dropped]
-    return replace(plan, config=config.model_copy(update={"lengths": kept})), dropped
+        seconds = _seconds(pace, plan, lengths, processes)
+    return seconds, dropped
 
 
 def measure_pace(loaded: LoadedModel, plan: EvalPlan) -> Pace:
@@ -82,8 +86,8 @@ def _linear_parameters(loaded: LoadedModel) -> int:
     return sum(m.in_features * m.out_features for m in linears)
 
 
-def _seconds(pace: Pace, plan: EvalPlan, lengths: list[int], mesh: Mesh) -> dict[str, float]:
-    return {task: pace.seconds(work) / mesh.world for task, work in readings(plan, lengths).items()}
+def _seconds(pace: Pace, plan: EvalPlan, lengths: list[int], processes: int) -> dict[str, float]:
+    return {task: pace.seconds(work) / processes for task, work in readings(plan, lengths).items()}
 
 
 def _say(plan: EvalPlan, seconds: dict[str, float], dropped: list[int], console: Console) -> None:

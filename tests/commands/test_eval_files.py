@@ -172,7 +172,6 @@ def test_bad_input_is_one_line_and_exit_code_2_before_a_model_is_loaded(
 
 def test_samples_that_were_written_are_read_back_as_the_same_questions(tiny_model_folder, tmp_path):
     made = EvalConfig(
-        beyond=True,
         model=str(tiny_model_folder), out=tmp_path / "made", make=True, tasks=["niah_single_1", "lines"],
         lengths=[1200], depths=2, samples=1,
     )  # fmt: skip

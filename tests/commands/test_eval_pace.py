@@ -17,6 +17,8 @@ from longlora_cli.evaluation.plan import EvalPlan, make_plan
 from longlora_cli.evaluation.readings import readings
 from longlora_cli.models.loading import ModelFacts
 from longlora_cli.models.tokenizer import load_tokenizer
+from longlora_cli.options import resolve
+from longlora_cli.parallel.mesh import Mesh
 
 FACTS = ModelFacts(layers=2, width=8, heads=2, kv_heads=2, head_dim=4, vocabulary=10)
 
@@ -114,3 +116,31 @@ def test_a_dry_run_makes_nothing_and_counts_to_five_per_cent(
     assert counts["samples"] == len(exact)
     assert counts["tokens"] == pytest.approx(sum(exact), rel=0.05)
     assert counts["longest"] >= max(exact)
+
+
+class OtherProcess(Mesh):
+    """The second of two; the first has decided."""
+
+    def from_main(self, work: Any) -> Any:
+        return {"lines": 1.0}, [600]
+
+
+def test_the_first_process_decides_for_all(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> None:
+        raise AssertionError("measured by a process that does not decide")
+
+    monkeypatch.setattr(eval_pace, "measure_pace", measured)
+    plan = plan_of(
+        config_of(tiny_model_folder, tmp_path / "o", tasks=["lines"], lengths=[400, 600], max_hours=1.0)
+    )
+    loaded: Any = None  # it is not looked at
+    told, dropped = eval_pace.paced(loaded, plan, OtherProcess(1, 2), Console(json_mode=True))
+    assert (told.config.lengths, dropped) == ([400], [600])
+
+
+@pytest.mark.parametrize("other", [{"make": True, "tasks": "lines"}, {"rope": "yarn"}])
+def test_beyond_is_refused_where_no_length_would_be(other: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r"--beyond .*has no effect here"):
+        resolve("eval", {"out": "o", "beyond": True, **other})

@@ -36,7 +36,8 @@ def config(folder, out, **changes):
         "lengths": [700, 900],
         "depths": 2,
     }
-    return EvalConfig(beyond=True, **{**values, "samples": 1, "dtype": "fp32", "device": "cpu", **changes})
+    changes = {"beyond": True, **changes} if not changes.get("make") else changes
+    return EvalConfig(**{**values, "samples": 1, "dtype": "fp32", "device": "cpu", **changes})
 
 
 def test_tasks_end_in_results_by_length_and_group_with_a_heatmap_where_there_is_a_depth(
