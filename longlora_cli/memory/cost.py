@@ -149,7 +149,8 @@ class StepCost:
         )  # adapters are extra columns of the dequantized weights
         rope = 2 * (s.head_dim // 2) * 4 * self.tokens
         trained = s.trainable * (_MASTER_BYTES + s.optimizer_bytes_per_parameter)
-        fixed = s.weight_bytes + trained + layer * s.element_bytes + CONTEXT_BYTES + WORKSPACE_BYTES
+        weights = s.weight_bytes + (s.held_bytes or layer * s.element_bytes)
+        fixed = weights + trained + CONTEXT_BYTES + WORKSPACE_BYTES
         return fixed + rope + _TOKEN_BYTES * self.tokens
 
     def tile_bytes(self, setting: Setting) -> float:

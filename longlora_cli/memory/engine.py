@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from longlora_cli.memory.arena import HostArena, Slot
 from longlora_cli.memory.attention_kernels import choose_kernel
 from longlora_cli.memory.elementwise import rms_norm
-from longlora_cli.memory.layer import FusedLayer, LoadedLayer, Norm, Passage, trained_parameters
+from longlora_cli.memory.layer import (
+    FusedLayer,
+    LoadedLayer,
+    Norm,
+    Passage,
+    hold_matrices,
+    trained_parameters,
+)
 from longlora_cli.memory.linear import GradientSums, fusing_fault
 from longlora_cli.memory.loss import IGNORE, head_weight
 from longlora_cli.memory.norm_loss import normed_loss
@@ -111,6 +118,7 @@ class FusedEngine:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         self.layers = [FusedLayer(layer, heads, kv_heads, self.head_dim) for layer in decoder.layers]
+        hold_matrices(self.layers)
         self.norm = Norm.of(decoder.norm)
         self.kernel_name = kernel
 
@@ -253,7 +261,7 @@ def _backward_group(step: _Step, group: range, grad: Tensor, sums: GradientSums)
         del attended, lse, qkv, y, layer  # its matrices too: two layers' would take 0.8 GiB of an 8B model
     for index in reversed(group):
         arena.next_turn()
-        layer = step.engine.layers[index].load(grad.dtype, grad.device)
+        layer = step.engine.layers[index].load(grad.dtype, grad.device, again=True)
         if index in inner:
             x = _take(step, inner[index], "input")
             attended, lse = _take_pair(step, inner[index])

@@ -31,6 +31,7 @@ from longlora_cli.memory.elementwise import (
     silu_mul_backward,
 )
 from longlora_cli.memory.linear import GradientSums, LinearStack, LoadedStack
+from longlora_cli.memory.plan import HELD_BYTES
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,33 @@ class FusedLayer:
         """Parameters that want a gradient, each once."""
         norms = (self.norm_in, self.norm_mlp, self.norm_q, self.norm_k)
         found = [p for norm in norms if norm is not None for p in norm.trained]
-        for stack in (self.qkv, self.o, self.gate_up, self.down):
+        for stack in self.stacks:
             found += stack.trained
         return found
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> LoadedLayer:
-        """Dequantize its matrices for one pass."""
-        stacks = (self.qkv, self.o, self.gate_up, self.down)
-        return LoadedLayer(self, *(stack.load(dtype, device) for stack in stacks))
+    @property
+    def stacks(self) -> tuple[LinearStack, LinearStack, LinearStack, LinearStack]:
+        """Its linear layers by common input."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def load(self, dtype: torch.dtype, device: torch.device, *, again: bool = False) -> LoadedLayer:
+        """Its matrices for one pass; `again` for a later one of the same step, see `LinearStack.load`."""
+        return LoadedLayer(self, *(stack.load(dtype, device, again=again) for stack in self.stacks))
+
+
+def hold_matrices(layers: Sequence[FusedLayer]) -> int:
+    """Let small layers hold their matrices ready between passes; the bytes that takes, 0 where they do not.
+
+    `ModelShape.held_bytes` is the same from sizes alone.
+    """
+    stacks = [stack for layer in layers for stack in layer.stacks]
+    sizes = [stack.held_bytes for stack in stacks]
+    total = sum(size for size in sizes if size is not None)
+    if None in sizes or total > HELD_BYTES:
+        return 0
+    for stack in stacks:
+        stack.hold = True
+    return total
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 the product's float32 sums, at the price of `rank` more columns (0.8 % at rank 32 and width 4,096), where a product of
 its own would read and write `y` once more. Backward uses the same matrix: `dy [W | s B]` gives `dx`'s base part and the
 gradient of `x A^T` together. Several layers (q, k, v; gate, up) stand under each other, so their input is read once.
-NF4 weights (Dettmers et al. 2023, arXiv:2305.14314) are dequantized once per pass over a layer. LoRA: Hu et al. 2021
+NF4 weights (Dettmers et al. 2023, arXiv:2305.14314) are dequantized once per pass over a layer; the matrices of small
+models are held ready instead, and only the adapter's columns are written again in each step. LoRA: Hu et al. 2021
 (arXiv:2106.09685). The plain twin is PEFT's own forward and autograd.
 """
 
@@ -18,9 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from longlora_cli.memory.nf4 import dequantized
-
-# Columns of the low-rank part are padded to this, so that rows stay aligned for tensor cores.
-_COLUMN_ALIGNMENT = 64
+from longlora_cli.memory.plan import stack_width
 
 
 def fusing_fault(module: nn.Module) -> str | None:
@@ -94,6 +93,8 @@ class LinearStack:
 
     Args:
         modules: `nn.Linear`, bitsandbytes `Linear4bit`, or PEFT's LoRA around one; see `fusing_fault`.
+
+    With `hold` the matrices of `load` are kept from its first call on; the modules' frozen ones must not change then.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -101,7 +102,9 @@ class LinearStack:
         self.inputs = int(self.parts[0].base.in_features)
         self.outputs = sum(int(part.base.out_features) for part in self.parts)
         self.rank = sum(part.rank for part in self.parts)
-        self.width = self.inputs + -(-self.rank // _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT
+        self.width = stack_width(self.inputs, self.rank)
+        self.hold = False
+        self._held: LoadedStack | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,29 +119,61 @@ class LinearStack:
         """LoRA's matrices that want a gradient, A before B, layer by layer; the order of `GradientSums.list`."""
         return [p for part in self.parts for p in (part.down, part.up) if p is not None and p.requires_grad]
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> LoadedStack:
-        """Dequantize and cast what a pass over the layer needs."""
+    @property
+    def held_bytes(self) -> int | None:
+        """What holding takes; None where a matrix is dequantized for each pass, to save just this."""
+        if any(getattr(part.base.weight, "quant_state", None) is not None for part in self.parts):
+            return None
+        return (self.outputs * self.width + self.rank * self.inputs) * self.dtype.itemsize
+
+    def load(self, dtype: torch.dtype, device: torch.device, *, again: bool = False) -> LoadedStack:
+        """Dequantize and cast what a pass over the layer needs.
+
+        Args:
+            dtype: Compute precision.
+            device: Where it computes.
+            again: A later pass of the same step; adapters that are held are taken as its first pass wrote them.
+        """
+        held = self._held
+        if held is not None and (held.weight.dtype, held.weight.device) == (dtype, device):
+            if not again:
+                self._write_adapters(held.weight, held.down)
+            return held
         weight = torch.empty(self.outputs, self.width, dtype=dtype, device=device)
-        if self.width > self.inputs:
+        if self.width > self.inputs:  # each part's adapter fills its own rows of its columns alone
             weight[:, self.inputs :].zero_()
-        biases, row, column = [], 0, self.inputs
+        row = 0
         for part in self.parts:
-            rows = slice(row, row + part.base.out_features)
-            part.copy_weight(weight[rows, : self.inputs])
-            if part.up is not None:
-                weight[rows, column : column + part.rank] = part.up.detach() * part.scale
-            row, column = rows.stop, column + part.rank
-            biases.append(part.base.bias)
-        down = [part.down.detach().to(dtype) for part in self.parts if part.down is not None]
-        bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat(
-                [
-                    b.detach().to(dtype) if b is not None else weight.new_zeros(part.base.out_features)
-                    for b, part in zip(biases, self.parts, strict=True)
-                ]
-            )
-        return LoadedStack(self, weight, torch.cat(down) if down else None, bias)
+            part.copy_weight(weight[row : row + part.base.out_features, : self.inputs])
+            row += part.base.out_features
+        down = torch.empty(self.rank, self.inputs, dtype=dtype, device=device) if self.rank else None
+        self._write_adapters(weight, down)
+        loaded = LoadedStack(self, weight, down, self._bias(weight))
+        if self.hold:
+            self._held = loaded
+        return loaded
+
+    def _write_adapters(self, weight: Tensor, down: Tensor | None) -> None:
+        """Put `s B` into its columns of `weight` and A into its rows of `down`, rounded once each."""
+        row, rank = 0, 0
+        for part in self.parts:
+            end = row + part.base.out_features
+            if part.up is not None and part.down is not None and down is not None:
+                columns = slice(self.inputs + rank, self.inputs + rank + part.rank)
+                torch.mul(part.up.detach(), part.scale, out=weight[row:end, columns])
+                down[rank : rank + part.rank].copy_(part.down.detach())
+            row, rank = end, rank + part.rank
+
+    def _bias(self, weight: Tensor) -> Tensor | None:
+        biases = [part.base.bias for part in self.parts]
+        if all(bias is None for bias in biases):
+            return None
+        return torch.cat(
+            [
+                weight.new_zeros(part.base.out_features) if bias is None else bias.detach().to(weight.dtype)
+                for bias, part in zip(biases, self.parts, strict=True)
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -168,7 +203,7 @@ class LoadedStack:
         """Fill the low-rank columns of an input buffer, `x A^T`, from its first columns."""
         if self.down is not None:
             inputs, rank = self.stack.inputs, self.stack.rank
-            buffer[:, inputs : inputs + rank] = buffer[:, :inputs] @ self.down.T
+            torch.mm(buffer[:, :inputs], self.down.T, out=buffer[:, inputs : inputs + rank])
 
     def forward(self, buffer: Tensor, out: Tensor | None = None) -> Tensor:
         """Outputs `[tokens, outputs]` of a filled and reduced input buffer; written to `out` if given."""
@@ -222,16 +257,17 @@ class GradientSums:
                 self.put(part.down, down[columns])
             if part.up is not None and part.up.requires_grad:
                 low = buffer[:, inputs + columns.start : inputs + columns.stop]
-                self.put(part.up, _mm_sum(grad[:, rows].T, low).mul_(part.scale))
+                up = _mm_sum(grad[:, rows].T, low)
+                self.put(part.up, up if part.scale == 1.0 else up.mul_(part.scale))
             row, column = rows.stop, columns.stop
 
     def put(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Add to one parameter's gradient."""
+        """Add to one parameter's gradient; the first value is kept and added to, so it must be the caller's to give."""
         key = id(parameter)
         if key in self._sums:
             self._sums[key] += value
         else:
-            self._sums[key] = value.clone() if value._is_view() else value
+            self._sums[key] = value
 
     def zeros_for(self, parameter: nn.Parameter) -> Tensor:
         """The parameter's sum to be added to in place, starting at zero."""

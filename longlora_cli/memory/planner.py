@@ -39,12 +39,14 @@ from longlora_cli.memory.plan_table import describe, size
 __all__ = ["describe", "longest_context", "make_plan"]
 
 PLACES: tuple[Place, ...] = ("recompute", "gpu", "host", "disk")
-_TILES = (16384, 8192, 4096, 2048, 1024, 512, 256)
+# A tile takes at most so many numbers of the hidden state: 16K tokens of an 8B model, at which products run at full
+# speed. Narrow models need more tokens for that, and fewer launches bound their step.
+_TILE_NUMBERS = 16384 * 4096
+_TILES = (131072, 65536, 32768, 16384, 8192, 4096, 2048, 1024, 512, 256)
 _LOSS_SHARE = 4  # a row of logits takes ten times the vocabulary, more than an MLP row: fewer rows at once
 _MOST_ELEMENTS = 2**31  # kernels with 32-bit indices end here
 _STEP_TOKENS = 256  # contexts are found in steps of this
 _LONGEST_TOKENS = 2**36
-_ROOMY_SHARE = 0.97
 
 
 def make_plan(
@@ -86,20 +88,6 @@ def make_plan(
         longest = _longest(shape, machine, shifted_group, explicit, below=tokens)
         raise _too_large(ways, longest)
     return _plan_of(*best, shifted_group)
-
-
-def roomy_plan(shape: ModelShape, tokens: int, machine: Machine, **same: Any) -> MemoryPlan:
-    """`make_plan` with a little of the GPU left to torch's allocator, or without where only that fits.
-
-    A plan that filled 99 % of an H100 made the allocator give blocks back twice a step, which cost 5-10 % of it; at
-    93 % it never did, and held 1.7 GiB (2.3 %) more than the tensors (32,768 tokens of an 8B model, torch 2.11).
-    """
-    try:
-        return make_plan(
-            shape, tokens, replace(machine, gpu_bytes=int(_ROOMY_SHARE * machine.gpu_bytes)), **same
-        )
-    except ResourceError:
-        return make_plan(shape, tokens, machine, **same)
 
 
 def longest_context(
@@ -236,7 +224,8 @@ class _Search:
         if self.fixed.tile_tokens:
             return (self.fixed.tile_tokens,)
         # A tile beyond the step is the step; the next smaller power of two is then a tile of its own.
-        return [t for t in _TILES if t < 2 * self.cost.tokens] or [_TILES[-1]]
+        widest = _TILE_NUMBERS // self.cost.shape.width
+        return [t for t in _TILES if t < 2 * self.cost.tokens and t <= widest] or [_TILES[-1]]
 
     def _loss_tile(self, tile: int) -> int:
         return self.fixed.loss_tile or max(tile // _LOSS_SHARE, 64)

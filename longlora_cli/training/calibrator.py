@@ -38,7 +38,7 @@ _LONG_SHARE = 0.5
 _NEAR = 0.05
 # A larger peak than predicted counts beyond what is left free in any case (machine.py).
 _NOTICEABLE_SHARE = 0.01
-# For each round in which the allocator had to give blocks back: as much as a roomy plan leaves (planner.py), at most
+# For each round in which the allocator had to give blocks back: as much as a roomy plan leaves (roomy.py), at most
 # four times, because what fits only so is not helped by planning.
 RETRY_SHARE, _RETRY_ROUNDS = 0.03, 4
 

@@ -22,7 +22,7 @@ from longlora_cli.memory.host_embedding import use_host_embedding
 from longlora_cli.memory.loss import use_tiled_loss
 from longlora_cli.memory.machine import CONTEXT_BYTES, Machine
 from longlora_cli.memory.plan import STAGING_BYTES, MemoryPlan, ModelShape
-from longlora_cli.memory.planner import longest_context, roomy_plan
+from longlora_cli.memory.roomy import roomy_context, roomy_plan
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.models.source import ModelSource
 
@@ -70,6 +70,7 @@ def model_shape(
         lora_rank=settings.lora_rank,
         lora_targets=_LINEARS if wanted == ["all"] else tuple(n for n in _LINEARS if n in wanted),
         optimizer_bytes_per_parameter=_OPTIMIZER_BYTES[settings.optimizer],
+        quantized=quantization != "none",
     )
     matrices = sum(inputs * outputs for inputs, outputs in shape.linears.values())
     norms = (2 * shape.layers + 1) * shape.width
@@ -237,7 +238,7 @@ class Planner:
 
     def longest(self) -> int:
         """Tokens of the longest batch that fits."""
-        return longest_context(self.shape, self.machine, **self._same)
+        return roomy_context(self.shape, self.machine, **self._same)
 
     @property
     def _same(self) -> dict[str, Any]:

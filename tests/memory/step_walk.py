@@ -93,7 +93,8 @@ class Walk:
         s = self.shape
         total = s.weight_bytes - self.plan.embedding_on_host * s.embedding_bytes
         total += s.trainable * (4 + 4 + s.optimizer_bytes_per_parameter)
-        for name, (a, b) in self.widths.items():
+        total += s.held_bytes  # counted in test_held_matrices; else one layer's matrices at a time
+        for name, (a, b) in self.widths.items() if not s.held_bytes else ():
             total += (a * b + (s.lora_rank * (a + b) if name in s.lora_targets else 0)) * s.element_bytes
         tables = self.plan.tokens * (s.head_dim // 2 * 2 * 4 + 3 * 8)
         self.ledger.put("gpu", ("static", 0), total + tables + CONTEXT_AND_WORKSPACE)

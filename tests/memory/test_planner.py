@@ -18,7 +18,8 @@ from longlora_cli.errors import ResourceError, SettingsError
 from longlora_cli.memory.cost import Setting, StepCost, squared_lengths
 from longlora_cli.memory.machine import Machine
 from longlora_cli.memory.plan import KINDS, STAGING_BYTES, LayerPlan, MemoryPlan, ModelShape, Prediction
-from longlora_cli.memory.planner import describe, longest_context, make_plan, roomy_plan
+from longlora_cli.memory.planner import describe, longest_context, make_plan
+from longlora_cli.memory.roomy import roomy_context, roomy_plan
 
 GIB = 2**30
 LINEARS = {"q": (4096, 4096), "k": (4096, 1024), "v": (4096, 1024), "o": (4096, 4096), "mlp": (4096, 14336)}
@@ -615,3 +616,18 @@ def test_a_roomy_plan_leaves_the_allocator_some_memory_unless_only_a_full_one_fi
     assert plan.predicted.peak_gpu_bytes <= 0.97 * machine.gpu_bytes
     most = longest_context(llama_8b(), machine)
     assert roomy_plan(llama_8b(), most, machine) == make_plan(llama_8b(), most, machine)
+
+
+@pytest.mark.parametrize("gpu", [8, 12, 80])
+def test_the_longest_context_to_train_at_leaves_the_allocator_some_memory(gpu: int) -> None:
+    shape, machine = movable(), card(gpu, 120)
+    tokens = roomy_context(shape, machine)
+    left = machine.gpu_bytes - roomy_plan(shape, tokens, machine).predicted.peak_gpu_bytes
+    assert left >= max(0.03 * machine.gpu_bytes, 384 * 2**20)
+    assert tokens >= 0.75 * longest_context(shape, machine)
+
+
+@pytest.mark.parametrize(("width", "tile"), [(576, 65_536), (4_096, 16_384)])
+def test_narrow_models_take_more_tokens_in_a_tile(width: int, tile: int) -> None:
+    shape = dataclasses.replace(llama_8b(), width=width, intermediate=width * 8 // 3)
+    assert make_plan(shape, 131_072, card(77, 120)).tile_tokens == tile
