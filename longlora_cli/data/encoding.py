@@ -132,10 +132,17 @@ class SafeEncoder:
         """Ids of texts that do not begin their document."""
         return [self.ids(e) for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_with_offsets(self, texts: list[str]) -> list[Encoding]:
-        """Encodings with character offsets into the given texts; take ids through `ids`."""
-        encodings: list[Encoding] = self.backend.encode_batch(texts, add_special_tokens=False)
-        return encodings
+    def encode_with_offsets(self, pieces: list[tuple[str, bool]]) -> list[Encoding]:
+        """Encodings with character offsets into pieces that texts were cut into at `seams`; take ids through `ids`.
+
+        Args:
+            pieces: Text, and whether it begins its text.
+        """
+        starts = [text for text, begins in pieces if begins or not self.has_inner]
+        first = iter(self.backend.encode_batch(starts, add_special_tokens=False))
+        inner = [text for text, begins in pieces if not begins and self.has_inner]
+        later = iter(self._inner.encode_batch(inner, add_special_tokens=False))
+        return [next(first if begins or not self.has_inner else later) for _, begins in pieces]
 
     @staticmethod
     def ids(encoding: Encoding) -> npt.NDArray[np.int32]:
