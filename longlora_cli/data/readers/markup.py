@@ -77,22 +77,36 @@ def refuse_large_page(raw: bytes | bytearray, held_bytes: int = 0) -> None:
     Raises:
         RowFault: It would.
     """
-    needed_bytes = held_bytes + len(raw) * _BYTE
-    if needed_bytes <= MOST_HELD_BYTES:
-        stretches = (match.end() - match.start() for match in _STRETCH.finditer(raw))
-        needed_bytes += _TAG * raw.count(b"<") + _STRETCH_BYTE * max(stretches, default=0)
-        spaces = sum(raw.count(space) for space in (b" ", b"\n", b"\t", b"\r", b"\f", b"/"))
-        if needed_bytes + _ATTRIBUTE * spaces <= MOST_HELD_BYTES:
-            return
-    tags = _TAG_BODY.finditer(raw)
-    while needed_bytes <= MOST_HELD_BYTES and (tag := next(tags, None)):
-        needed_bytes += _ATTRIBUTE * len(tag[1].replace(b"/", b" ").split())
-    if needed_bytes > MOST_HELD_BYTES:
+    if held_bytes + page_bytes(raw, MOST_HELD_BYTES - held_bytes) > MOST_HELD_BYTES:
         raise RowFault(
             f"a page of {len(raw) / 1e6:,.0f} MB and {raw.count(b'<'):,} tags takes more than "
             f"{MOST_HELD_BYTES // 1_000_000} MB of memory while it is read, which is more than one document may have",
             hint="Make it several pages, or a text file.",
         )
+
+
+def page_bytes(raw: bytes | bytearray, enough: int) -> int:
+    """Memory that a page takes while it is read.
+
+    Args:
+        raw: The page.
+        enough: From here on the sum need not be exact.
+
+    Returns:
+        An upper bound.
+    """
+    needed_bytes = len(raw) * _BYTE
+    if needed_bytes > enough:
+        return needed_bytes
+    stretches = (match.end() - match.start() for match in _STRETCH.finditer(raw))
+    needed_bytes += _TAG * raw.count(b"<") + _STRETCH_BYTE * max(stretches, default=0)
+    spaces = sum(raw.count(space) for space in (b" ", b"\n", b"\t", b"\r", b"\f", b"/"))
+    if needed_bytes + _ATTRIBUTE * spaces <= enough:
+        return needed_bytes + _ATTRIBUTE * spaces
+    tags = _TAG_BODY.finditer(raw)
+    while needed_bytes <= enough and (tag := next(tags, None)):
+        needed_bytes += _ATTRIBUTE * len(tag[1].replace(b"/", b" ").split())
+    return needed_bytes
 
 
 def decode_markup(raw: bytes | bytearray, faults: Faults) -> str:
