@@ -206,7 +206,7 @@ def _summary(
     counts = preparation.counts.as_dict()
     if not len(lengths):
         raise DataError(
-            f"nothing is left of {counts['documents']} documents and {counts['chats']} chats",
+            f"nothing is left: texts read {counts['documents']:,}, chats {counts['chats']:,}",
             rule=f"--min-length is {config.min_length}, --max-length {config.max_length}, "
             f"--on-long {config.on_long}; chats are never split.",
         )

@@ -405,7 +405,7 @@ def test_nothing_left_to_write_is_an_error(
 ) -> None:
     source = rows(tmp_path / "a.jsonl", {"text": "short"})
     assert prepare(source, "-m", model, "-o", tmp_path / "data", "--min-length", 100) == 2
-    assert "nothing is left of 1 documents and 0 chats" in capsys.readouterr().err
+    assert "nothing is left: texts read 1, chats 0" in capsys.readouterr().err
     assert left_behind(tmp_path, source) == []
 
 
@@ -472,6 +472,17 @@ def test_show_shortens_a_long_run_and_says_by_how_much(
     assert prepare(book, "-m", model, "-o", tmp_path / "data", "--max-length", 512, "--show", 1) == 0
     # 512 tokens, the first of them masked, 60 shown at each end.
     assert "[... 391 tokens ...]" in capsys.readouterr().out
+
+
+def test_show_leaves_out_documents_beyond_the_eighth_of_a_chunk_and_says_how_many(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", *({"text": f"Story {number}."} for number in range(20)))
+    assert prepare(source, "-m", model, "-o", tmp_path / "data", "--max-length", 512, "--show", 1) == 0
+    shown = capsys.readouterr().out
+    assert "document 8:" in shown
+    assert "document 9:" not in shown
+    assert "-- and 12 more documents" in shown
 
 
 def test_a_dry_run_shows_what_would_be_written_and_writes_nothing(
