@@ -75,9 +75,9 @@ class Faults:
             lines.setdefault(why, []).append(str(number))
         same = lines.pop(reason, []) if line else []
         told = [f"the same on line {', '.join(same)}"] if same else []
-        for why, (number, *more) in lines.items():
+        for why, (first, *more) in lines.items():
             also = f" (and on line {', '.join(more)})" if more else ""
-            told.append(f"{self.name}: {why}" if number == "0" else f"{self.name}:{number}: {why}{also}")
+            told.append(f"{self.name}: {why}" if first == "0" else f"{self.name}:{first}: {why}{also}")
         if self.is_full:
             told.append(f"reading stopped after {MOST} faults")
         raise DataError(

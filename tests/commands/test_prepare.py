@@ -525,6 +525,15 @@ def test_documents_that_overlap_with_evaluation_data_are_told_or_left_out(
     assert summary["documents"] + summary["chats"] == texts
 
 
+def test_data_of_which_overlap_leaves_nothing_are_told_so(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--overlap-check", book, "--on-overlap", "drop"]
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", *more) == 2
+    told = "nothing is left: texts read 0, chats 0; left out by --on-overlap drop: 1"
+    assert told in capsys.readouterr().err
+
+
 def test_an_overlap_can_be_an_error_that_names_the_document(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
