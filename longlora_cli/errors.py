@@ -17,11 +17,11 @@ from __future__ import annotations
 
 
 class LongLoRAError(Exception):
-    """One failure, told in at most three lines.
+    """One failure, told in at most three lines; of a faulty file in one line a fault.
 
     Args:
         message: What is wrong, with the values. One line.
-        rule: The rule that was broken. One line, optional.
+        rule: The rule that was broken. One line, optional; or the other faults, a line each.
         hint: What to type or change instead. One line, optional.
     """
 
@@ -35,7 +35,7 @@ class LongLoRAError(Exception):
 
     def lines(self) -> list[str]:
         """The message, then the rule and the hint where there are any."""
-        return [self.message, *(line for line in (self.rule, self.hint) if line)]
+        return [self.message, *(self.rule or "").splitlines(), *([self.hint] if self.hint else [])]
 
 
 class SettingsError(LongLoRAError):

@@ -82,7 +82,7 @@ def run(config: PrepareConfig, console: Console, *, dry_run: bool) -> dict[str, 
         formats = _read(preparation, mixture, overlap, tokenizer, config, console, kept)
         cost = chunk_cost(config.model)
         layout = preparation.layout(cost, packed=config.pack, seed=config.seed)
-        summary = _summary(preparation, layout, cost, config, chats_wanted)
+        summary = _summary(preparation, layout, cost, config, chats_wanted, overlap.left_out)
         summary |= {"mixture": mixture.rows(), "formats": formats, **once.facts(), **overlap.facts()}
         if writer is not None:
             meta |= summary | _origin(config, begun.result(), origin.result())
@@ -201,12 +201,14 @@ def _summary(
     cost: ChunkCost,
     config: PrepareConfig,
     synthetic: dict[str, int],
+    overlapping: int,
 ) -> dict[str, Any]:
     lengths = preparation.lengths
     counts = preparation.counts.as_dict()
     if not len(lengths):
+        dropped = f"; left out by --on-overlap drop: {overlapping:,}" if overlapping else ""
         raise DataError(
-            f"nothing is left of {counts['documents']} documents and {counts['chats']} chats",
+            f"nothing is left: texts read {counts['documents']:,}, chats {counts['chats']:,}{dropped}",
             rule=f"--min-length is {config.min_length}, --max-length {config.max_length}, "
             f"--on-long {config.on_long}; chats are never split.",
         )

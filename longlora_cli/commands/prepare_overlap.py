@@ -60,6 +60,11 @@ class OverlapWatch:
         self.found.append((document.source, shared, total))
         return self.action != "drop"
 
+    @property
+    def left_out(self) -> int:
+        """Documents found that are not prepared."""
+        return len(self.found) if self.action == "drop" else 0
+
     def facts(self) -> dict[str, Any]:
         """For the summary; nothing when nothing was checked."""
         if self.check is None:

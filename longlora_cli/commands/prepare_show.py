@@ -12,6 +12,8 @@ from longlora_cli.data.samples import TokenRun, token_runs
 
 # A longer run shows so many of its first and of its last tokens: 32,768 in full would fill 500 lines.
 _EDGE_TOKENS = 60
+# A chunk of 32,768 tokens can hold hundreds of short chats.
+_MOST_DOCUMENTS = 8
 _LEARNT, _MASKED, _FRAME = "bold green", "dim", "cyan"
 # What sets learnt text off where there are no colours.
 _OPEN, _CLOSE = "⟦", "⟧"
@@ -54,10 +56,13 @@ def show_samples(samples: Samples, total: int, tokenizer: Any, console: Console)
 
 
 def _show_chunk(chunk: Chunk, tokenizer: Any, console: Console) -> None:
-    for number, runs in enumerate(token_runs(chunk), start=1):
+    documents = list(token_runs(chunk))
+    for number, runs in enumerate(documents[:_MOST_DOCUMENTS], start=1):
         tokens = sum(len(run.ids) for run in runs)
         console.styled([(f"-- document {number:,}: {tokens:,} tokens", _FRAME)])
         console.styled([part for run in runs for part in _parts(run, tokenizer, console.has_colours)])
+    if (hidden := len(documents) - _MOST_DOCUMENTS) > 0:
+        console.styled([(f"-- and {hidden:,} more document{'s' * (hidden > 1)}", _FRAME)])
 
 
 def _parts(run: TokenRun, tokenizer: Any, has_colours: bool) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from longlora_cli.data.chat_encoding import encode_layouts, text_of
 from longlora_cli.data.chunk import IGNORE, Int32
 from longlora_cli.data.counting import token_counter
 from longlora_cli.data.encoding import SafeEncoder, safe_encoder
@@ -105,7 +106,7 @@ def _prompt_text(tokenizer: Any, messages: list[Message], tools: Tools | None, a
     require_template(tokenizer)
     frame = answer_frame(tokenizer, encoder)
     parts = layout_chat(tokenizer, messages, encoder, frame, add_generation_prompt=True, tools=tools)
-    return _text(parts, encoder) + answer_prefix
+    return text_of(parts, encoder) + answer_prefix
 
 
 def render_chats(
@@ -144,18 +145,17 @@ def render_chats(
         )
         for messages, own in zip(chats, known, strict=True)
     ]
-    encodings = encoder.encode_with_offsets([_text(parts, encoder) for parts in layouts])
+    encoded = encode_layouts(encoder, layouts)
     rendered = []
-    for messages, parts, encoding in zip(chats, layouts, encodings, strict=True):
-        ids = encoder.ids(encoding)
+    for messages, parts, (ids, spans) in zip(chats, layouts, encoded, strict=True):
         if labels == "all":
             learnt = np.ones(len(ids), dtype=bool)
         else:
             answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
             wanted = frozenset(answers if labels == "assistant" else answers[-1:])
-            learnt = _learnt(wanted, parts, ids, encoding.offsets, encoder, frame)
+            learnt = _learnt(wanted, parts, ids, spans, encoder, frame)
         learnt[:1] = False  # nothing comes before the first token, so nothing predicts it
-        rendered.append((ids, np.where(learnt, ids, IGNORE).astype(np.int32)))
+        rendered.append((ids, np.where(learnt, ids, np.int32(IGNORE))))
     return rendered
 
 
@@ -174,25 +174,19 @@ def count_tokens(tokenizer: Any, messages: list[Message]) -> int:
     encoder = safe_encoder(tokenizer)
     require_template(tokenizer)
     parts = layout_chat(tokenizer, messages, encoder, answer_frame(tokenizer, encoder))
-    return token_counter(tokenizer).count(_text(parts, encoder))
-
-
-def _text(parts: list[Part], encoder: SafeEncoder) -> str:
-    """What is encoded: contents as they are, the template's special tokens by their secret names."""
-    return "".join(encoder.secret(part.text) if part.trusted else part.text for part in parts)
+    return token_counter(tokenizer).count(text_of(parts, encoder))
 
 
 def _learnt(
     wanted: frozenset[int],
     parts: list[Part],
     ids: Int32,
-    offsets: list[tuple[int, int]],
+    spans: Int32,
     encoder: SafeEncoder,
     frame: AnswerFrame,
 ) -> npt.NDArray[np.bool_]:
-    """Which tokens the messages `wanted` teach; offsets count characters with special tokens by their secret names."""
-    spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    special = np.array([number in encoder.special_ids for number in ids.tolist()], dtype=bool)
+    """Which tokens the messages `wanted` teach; `spans` as `EncodedChat` has them."""
+    special = np.isin(ids, list(encoder.special_ids))
     learnt, foreign = np.zeros((2, len(ids)), dtype=bool)
     place = 0
     for index, part in enumerate(parts):

@@ -20,8 +20,12 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from longlora_cli.data.seams import Seams
+from longlora_cli.data.word_cache import WordCache
 from longlora_cli.errors import DataError
 from longlora_cli.models.tokenizer import collector_paused
+
+# What makes a special token take in, or look at, the characters beside it.
+_REACHING = ("lstrip", "rstrip", "single_word", "normalized")
 
 
 class SafeEncoder:
@@ -32,6 +36,15 @@ class SafeEncoder:
 
     Raises:
         DataError: A special token would get another id in the copy.
+
+    Attributes:
+        backend: The copy.
+        seams: Where texts can be cut.
+        border: Secret name and id of a special token that keeps what stands beside it apart; None without one.
+        words: Ids of words; None where words have none of their own, or nothing keeps them apart.
+        special_ids: Ids of all special tokens.
+        begin: Ids that the tokenizer itself puts before a text.
+        end: Ids that it puts behind a text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -64,6 +77,19 @@ class SafeEncoder:
         self.seams = Seams(state, self.backend)
         inner = self.seams.inner
         self._inner = Tokenizer.from_str(inner) if inner else self.backend
+        unknown = (state["model"].get("unk_token"), state["model"].get("unk_id"))
+        apart = (
+            token
+            for token in special
+            if not any(token[name] for name in _REACHING)
+            and token["content"] not in unknown
+            and token["id"] not in unknown
+        )
+        self.border = next(((str(token["content"]), int(token["id"])) for token in apart), None)
+        # A model with dropout makes other ids of a word each time.
+        self.words: WordCache | None = None
+        if self.border and self.seams.are_known and not state["model"].get("dropout"):
+            self.words = WordCache(self._encode_inner, self.seams, self.border)
         self.special_ids = frozenset(self._special.values())
         self.begin, self.end = _frame(tokenizer)
 
@@ -96,17 +122,27 @@ class SafeEncoder:
         Args:
             pieces: Text, and whether it begins its text.
         """
-        if not self.has_inner:
-            return self.encode_batch([text for text, _ in pieces])
-        starts = iter(self.encode_batch([text for text, begins in pieces if begins]))
-        inner = [text for text, begins in pieces if not begins]
-        later = map(self.ids, self._inner.encode_batch_fast(inner, add_special_tokens=False))
-        return [next(starts if begins else later) for _, begins in pieces]
+        starts = iter(self.encode_batch([text for text, begins in pieces if begins and self.has_inner]))
+        inner = [text for text, begins in pieces if not (begins and self.has_inner)]
+        found = self.words.encode(inner) if self.words else None
+        later = iter(self._encode_inner(inner) if found is None else found)
+        return [next(starts if begins and self.has_inner else later) for _, begins in pieces]
 
-    def encode_with_offsets(self, texts: list[str]) -> list[Encoding]:
-        """Encodings with character offsets into the given texts; take ids through `ids`."""
-        encodings: list[Encoding] = self.backend.encode_batch(texts, add_special_tokens=False)
-        return encodings
+    def _encode_inner(self, texts: list[str]) -> list[npt.NDArray[np.int32]]:
+        """Ids of texts that do not begin their document."""
+        return [self.ids(e) for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_offsets(self, pieces: list[tuple[str, bool]]) -> list[Encoding]:
+        """Encodings with character offsets into pieces that texts were cut into at `seams`; take ids through `ids`.
+
+        Args:
+            pieces: Text, and whether it begins its text.
+        """
+        starts = [text for text, begins in pieces if begins or not self.has_inner]
+        first = iter(self.backend.encode_batch(starts, add_special_tokens=False))
+        inner = [text for text, begins in pieces if not begins and self.has_inner]
+        later = iter(self._inner.encode_batch(inner, add_special_tokens=False))
+        return [next(first if begins or not self.has_inner else later) for _, begins in pieces]
 
     @staticmethod
     def ids(encoding: Encoding) -> npt.NDArray[np.int32]:

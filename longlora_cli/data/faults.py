@@ -61,7 +61,7 @@ class Faults:
             faults.add(0, f"{prefix}line {line}: {reason}" if line else prefix + reason)
 
     def raise_if_any(self) -> None:
-        """Raise one `DataError`: the first fault by line as its message, the others in one line.
+        """Raise one `DataError`: the first fault by line as its message, the others a line each, equal ones together.
 
         Raises:
             DataError: At least one fault was noted.
@@ -75,14 +75,14 @@ class Faults:
             lines.setdefault(why, []).append(str(number))
         same = lines.pop(reason, []) if line else []
         told = [f"the same on line {', '.join(same)}"] if same else []
-        told += [
-            why if "0" in numbers else f"line {', '.join(numbers)}: {why}" for why, numbers in lines.items()
-        ]
+        for why, (first, *more) in lines.items():
+            also = f" (and on line {', '.join(more)})" if more else ""
+            told.append(f"{self.name}: {why}" if first == "0" else f"{self.name}:{first}: {why}{also}")
         if self.is_full:
             told.append(f"reading stopped after {MOST} faults")
         raise DataError(
             f"{self.name}:{line}: {reason}" if line else f"{self.name}: {reason}",
-            rule=f"Also {'; '.join(told)}" if told else None,
+            rule="\n".join(told) or None,
             hint=self._hint,
         )
 

@@ -27,6 +27,10 @@ __all__ = [
 # A key is a misspelt one, and not another, from this likeness on: `txet` for text, but not `one` for context.
 _LIKENESS = 0.7
 _LOOKED_AT = 60  # characters of a key
+# A chat is rendered and labelled whole, with 50 bytes of memory for a byte of its text; a message, or an object of its
+# tools, takes as much as 1 KiB of text.
+_MOST_CHAT_BYTES = 10 << 20
+_OBJECT_BYTES = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,30 @@ def read_row(row: Any, name: str | None = None) -> Row:
     form = _BY_NAME[name] if name else _found(row)
     if "tools" not in form.takes and row.get("tools"):
         raise RowFault(f"the row has tools, for which the format {form.name} has no place; use messages")
+    if form.name != "text":
+        _refuse_long_chat([row.get(key) for key in (*form.needs, *form.takes)])
     return form.read(row)
+
+
+def _refuse_long_chat(values: list[Any]) -> None:
+    """Raise where a chat takes more memory than there is for one; no text is copied that is longer than it may be."""
+    waiting, total_bytes = values, 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            is_long = value.isascii() or len(value) > _MOST_CHAT_BYTES
+            total_bytes += len(value) if is_long else len(value.encode("utf-8", "surrogatepass"))
+        elif isinstance(value, dict):
+            total_bytes += _OBJECT_BYTES
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+        if total_bytes > _MOST_CHAT_BYTES:
+            raise RowFault(
+                f"the chat has more than {_MOST_CHAT_BYTES >> 20} MiB of text, or than "
+                f"{_MOST_CHAT_BYTES // _OBJECT_BYTES:,} messages, which is more than one chat may have",
+                hint="Make it several rows, or a text.",
+            )
 
 
 def keys_of(name: str | None) -> frozenset[str]:

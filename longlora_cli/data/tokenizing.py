@@ -6,9 +6,11 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +37,9 @@ _MOST_PIECE_BYTES = 1 << 22
 # Two groups at once: while one ends with a core to spare, or its ids become arrays, the other keeps the cores busy.
 # One more waits, so that the reader can fall behind a little.
 _THREADS, _AHEAD = 2, 3
+# Chats with more text are rendered by one thread at a time: 10 MiB, the longest, can take 0.5 GB.
+_LARGE_BYTES = 2 << 20
+_large = Lock()
 
 
 def tokenize(
@@ -226,8 +231,10 @@ def _render(tokenizer: Any, documents: list[Document], labels: Labels) -> list[t
     require_template(tokenizer)
     chats = [document.content for document in documents if isinstance(document.content, list)]
     tools = [document.tools for document in documents]
+    is_large = sum(_size_bytes(message["content"]) for chat in chats for message in chat) > _LARGE_BYTES
     try:
-        return render_chats(tokenizer, chats, labels=labels, tools=tools)
+        with _large if is_large else nullcontext():
+            return render_chats(tokenizer, chats, labels=labels, tools=tools)
     except DataError:
         for document, chat in zip(documents, chats, strict=True):  # find the one that is meant
             try:

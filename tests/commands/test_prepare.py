@@ -405,7 +405,7 @@ def test_nothing_left_to_write_is_an_error(
 ) -> None:
     source = rows(tmp_path / "a.jsonl", {"text": "short"})
     assert prepare(source, "-m", model, "-o", tmp_path / "data", "--min-length", 100) == 2
-    assert "nothing is left of 1 documents and 0 chats" in capsys.readouterr().err
+    assert "nothing is left: texts read 1, chats 0" in capsys.readouterr().err
     assert left_behind(tmp_path, source) == []
 
 
@@ -474,6 +474,17 @@ def test_show_shortens_a_long_run_and_says_by_how_much(
     assert "[... 391 tokens ...]" in capsys.readouterr().out
 
 
+def test_show_leaves_out_documents_beyond_the_eighth_of_a_chunk_and_says_how_many(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = rows(tmp_path / "a.jsonl", *({"text": f"Story {number}."} for number in range(20)))
+    assert prepare(source, "-m", model, "-o", tmp_path / "data", "--max-length", 512, "--show", 1) == 0
+    shown = capsys.readouterr().out
+    assert "document 8:" in shown
+    assert "document 9:" not in shown
+    assert "-- and 12 more documents" in shown
+
+
 def test_a_dry_run_shows_what_would_be_written_and_writes_nothing(
     book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -512,6 +523,15 @@ def test_documents_that_overlap_with_evaluation_data_are_told_or_left_out(
     assert summary["overlap"]["documents"] == 1
     assert summary["overlap"]["most"] == [{"source": f"{source}:2", "shared": 1, "of": 5}]
     assert summary["documents"] + summary["chats"] == texts
+
+
+def test_data_of_which_overlap_leaves_nothing_are_told_so(
+    book: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--overlap-check", book, "--on-overlap", "drop"]
+    assert prepare(book, "-m", model, "-o", tmp_path / "data", *more) == 2
+    told = "nothing is left: texts read 0, chats 0; left out by --on-overlap drop: 1"
+    assert told in capsys.readouterr().err
 
 
 def test_an_overlap_can_be_an_error_that_names_the_document(

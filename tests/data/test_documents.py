@@ -152,8 +152,8 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path: Path) -> None:
         read(path)
     assert caught.value.message == f"{path}:2: text is null, a text is needed"
     assert caught.value.rule == (
-        "Also the same on line 6; line 4: unknown key 'txet'; did you mean text?; "
-        "line 5: text is a number, a text is needed"
+        f"the same on line 6\n{path}:4: unknown key 'txet'; did you mean text?\n"
+        f"{path}:5: text is a number, a text is needed"
     )
 
 
@@ -162,7 +162,7 @@ def test_at_most_twenty_faults_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(path)
     others = ", ".join(str(number) for number in range(2, 21))
-    assert caught.value.rule == f"Also the same on line {others}; reading stopped after 20 faults"
+    assert caught.value.rule == f"the same on line {others}\nreading stopped after 20 faults"
 
 
 def test_documents_come_before_the_whole_file_was_read(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from input_files import COMPRESS, epub, file_of, html, pdf, save, xhtml
 
 from longlora_cli.data.documents import Document, find_sources, read_documents
-from longlora_cli.data.readers import READERS, WHOLE_TEXTS
+from longlora_cli.data.readers import READERS, WHOLE_TEXTS, books, markup
 from longlora_cli.errors import DataError
 
 TEXTS = ["One, two.", "Three (four)."]
@@ -139,11 +139,12 @@ def test_all_faults_of_a_text_are_told_with_line_and_byte(tmp_path: Path) -> Non
     path = save(tmp_path / "a.txt", b"ab\xffc\nd\0e\n\xed\xa0\x80f \xc3\nlast \xe2\x82")
     error = fault(path)
     assert error.message == f"{path}:1: byte 2 is not UTF-8"
-    assert error.rule == (
-        "Also line 2: byte 6 is NUL; line 3: byte 9 is half a surrogate pair (U+D800), not UTF-8; "
-        "line 3: byte 10 is not UTF-8; line 3: byte 11 is not UTF-8; line 3: byte 14 is not UTF-8; "
-        "line 4: byte 21 is not UTF-8"
-    )
+    assert (error.rule or "").splitlines() == [
+        f"{path}:2: byte 6 is NUL",
+        f"{path}:3: byte 9 is half a surrogate pair (U+D800), not UTF-8",
+        *(f"{path}:3: byte {byte} is not UTF-8" for byte in (10, 11, 14)),
+        f"{path}:4: byte 21 is not UTF-8",
+    ]
 
 
 def test_a_text_of_many_faults_is_told_for_the_first_twenty(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_a_text_of_many_faults_is_told_for_the_first_twenty(tmp_path: Path) -> N
     assert error.message == f"{path}:300001: byte 1500000 is not UTF-8"
     assert error.rule is not None
     assert error.rule.count("not UTF-8") == 19
-    assert error.rule.endswith("line 300020: byte 1500038 is not UTF-8; reading stopped after 20 faults")
+    assert error.rule.endswith(f"{path}:300020: byte 1500038 is not UTF-8\nreading stopped after 20 faults")
 
 
 def test_characters_may_lie_across_the_blocks_of_a_text(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_faulty_rows_of_an_array_are_told_together(tmp_path: Path) -> None:
     error = fault(path)
     assert error.message == f"{path}:1: text is a number, a text is needed"
     assert error.rule == (
-        "Also line 2: the key 'text' is there twice in one object; line 4: unknown key 'txet'; did you mean text?"
+        f"{path}:2: the key 'text' is there twice in one object\n{path}:4: unknown key 'txet'; did you mean text?"
     )
 
 
@@ -357,6 +358,11 @@ BOMB = '<!DOCTYPE c [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><container>&b;</con
         ),
         (epub({"a.xhtml": b"<p>\n\xff"}), "in OEBPS/text/a.xhtml: line 2: byte 4 is not UTF-8"),
         (epub({"a.xhtml": xhtml("")}), "there is no text in it"),
+        (epub({"a.xhtml": b" " * 170_000_000}), "OEBPS/text/a.xhtml unpacks to more than 160 MB"),
+        (
+            epub({"a.xhtml": xhtml("x")}, package=" " * 17_000_000),
+            "OEBPS/content.opf unpacks to more than 16 MB",
+        ),
     ],
 )
 def test_each_unusable_epub_is_told_why(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -382,6 +388,29 @@ def test_fonts_that_are_obfuscated_do_not_lock_a_book(tmp_path: Path) -> None:
 def test_each_unusable_pdf_is_told_why(tmp_path: Path, content: bytes, reason: str) -> None:
     path = save(tmp_path / "a.pdf", content)
     assert fault(path).message.startswith(f"{path}: {reason}")
+
+
+def test_a_books_page_that_takes_too_much_memory_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(markup, "MOST_HELD_BYTES", 20_000)
+    pages = {"a.xhtml": xhtml("x " * 100), "b.xhtml": xhtml("<b>x</b>" * 100)}
+    path = save(tmp_path / "a.epub", epub(pages))
+    assert fault(path).message.startswith(f"{path}: in OEBPS/text/b.xhtml: a page of 0 MB and 210 tags takes")
+    page = save(tmp_path / "a.html", xhtml("<b>x</b>" * 100))
+    assert fault(page).message.startswith(f"{page}: a page of 0 MB and 210 tags takes more than")
+
+
+@pytest.mark.parametrize("kind", [".epub", ".pdf"])
+def test_books_whose_text_takes_too_much_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(books, "MOST_HELD_BYTES", 2_000)
+    texts = ["x" * 90] * 10
+    assert len(read(save(tmp_path / f"a{kind}", file_of(kind, ["\n\n".join(texts)])))) == 1
+    pages = {f"{number}.xhtml": xhtml(text) for number, text in enumerate(texts * 2)}
+    path = save(tmp_path / f"b{kind}", epub(pages) if kind == ".epub" else pdf(texts * 2))
+    assert "the book's text takes more than" in fault(path).message
 
 
 def test_a_compressed_pdf_is_no_kind(tmp_path: Path) -> None:

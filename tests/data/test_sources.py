@@ -157,7 +157,7 @@ def test_a_faulty_row_of_a_hub_dataset_has_its_number(tmp_path: Path, stream: bo
     name = hub(tmp_path / "data", {"text": "one"}, {"text": None}, {"text": " "})
     with pytest.raises(DataError, match="data:2: text is null, a text is needed") as caught:
         [list(source.read()) for source in find(name, stream=stream)]
-    assert caught.value.rule == "Also line 3: text is empty"
+    assert caught.value.rule == f"{name}:3: text is empty"
 
 
 def test_a_stream_that_breaks_off_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

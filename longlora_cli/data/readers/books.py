@@ -14,10 +14,12 @@ from urllib.parse import unquote
 
 from longlora_cli.data.document import Document
 from longlora_cli.data.faults import Faults, shown
-from longlora_cli.data.readers.markup import decode_markup, xhtml_text
-from longlora_cli.data.readers.opening import MOST_BYTES, first_line
+from longlora_cli.data.readers.markup import MOST_PAGE_BYTES, decode_markup, refuse_large_page, xhtml_text
+from longlora_cli.data.readers.opening import MOST_HELD_BYTES, character_bytes, first_line
 from longlora_cli.data.rows import RowFault
 
+# A book's list of its files; its elements take 50 times its bytes.
+_MOST_XML_BYTES = 1 << 24
 _CONTAINER = "META-INF/container.xml"
 _ENCRYPTION = "META-INF/encryption.xml"
 _PAGES = ("application/xhtml+xml", "text/html", "application/x-dtbook+xml")
@@ -32,26 +34,63 @@ def read_epub(path: Path) -> Iterator[Document]:
         DataError: No EPUB, encrypted, a page that is missing or not of its encoding, or no text in it.
     """
     faults = Faults(str(path))
-    texts: list[str] = []
+    texts = _Texts()
     try:
         with zipfile.ZipFile(path) as book:
-            if sum(entry.file_size for entry in book.infolist()) > MOST_BYTES:
-                raise RowFault("the book unpacks to more than 1 GiB")
             for name in _spine(book):
                 page = Faults(str(path))
-                texts.append(xhtml_text(decode_markup(_read(book, name), page)))
+                raw = _read(book, name)
+                try:
+                    refuse_large_page(raw, texts.held_bytes)
+                    texts.add(xhtml_text(decode_markup(raw, page)))
+                except RowFault as fault:
+                    raise RowFault(f"in {name}: {fault}", hint=fault.hint) from fault
                 page.move_to(faults, f"in {name}: ")
                 if faults.is_full:
                     break
     except zipfile.BadZipFile as error:
         faults.add(0, f"not an EPUB that can be read: {first_line(error)}")
     except RowFault as fault:
-        faults.add(0, str(fault))
-    text = "\n\n".join(text for text in texts if text)
+        faults.add(0, str(fault), hint=fault.hint)
+    text = "" if len(faults) else texts.joined()
     if not text and not len(faults):
         faults.add(0, "there is no text in it")
     faults.raise_if_any()
     yield Document(str(path), text, path.stat().st_size)
+
+
+class _Texts:
+    """The texts of a book's pages, as long as all of them fit into memory twice: in pieces and joined."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._characters = 0
+        self._width = 1
+        self.held_bytes = 0
+
+    def add(self, text: str) -> None:
+        """Take the next page's.
+
+        Raises:
+            RowFault: It is too much.
+        """
+        if not text:
+            return
+        self._texts.append(text)
+        self._characters += len(text) + 2
+        self._width = max(self._width, character_bytes(text))
+        self.held_bytes += character_bytes(text) * len(text)
+        if self.held_bytes + self._characters * self._width > MOST_HELD_BYTES:
+            raise RowFault(
+                f"the book's text takes more than {MOST_HELD_BYTES // 1_000_000} MB of memory, which is more than one "
+                "document may have"
+            )
+
+    def joined(self) -> str:
+        """All of them, a blank line between two; nothing is held any more."""
+        text = "\n\n".join(self._texts)
+        self._texts = []
+        return text
 
 
 def _spine(book: zipfile.ZipFile) -> list[str]:
@@ -82,7 +121,7 @@ def _spine(book: zipfile.ZipFile) -> list[str]:
 
 
 def _xml(book: zipfile.ZipFile, name: str) -> ElementTree.Element:
-    raw = _read(book, name)
+    raw = _read(book, name, _MOST_XML_BYTES)
     if b"<!ENTITY" in raw:  # no book needs one here, and a few lines of them can fill any memory
         raise RowFault(f"{name} declares entities, which are not read")
     try:
@@ -91,16 +130,16 @@ def _xml(book: zipfile.ZipFile, name: str) -> ElementTree.Element:
         raise RowFault(f"{name} is not XML: {first_line(error)}") from error
 
 
-def _read(book: zipfile.ZipFile, name: str) -> bytes:
+def _read(book: zipfile.ZipFile, name: str, most_bytes: int = MOST_PAGE_BYTES) -> bytes:
     try:
         with book.open(name) as file:
-            raw = file.read(MOST_BYTES + 1)
+            raw = file.read(most_bytes + 1)
     except KeyError as error:
         raise RowFault(f"the book has no {shown(name)}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise RowFault(f"{name} cannot be unpacked: {first_line(error)}") from error
-    if len(raw) > MOST_BYTES:
-        raise RowFault(f"{name} unpacks to more than 1 GiB")
+    if len(raw) > most_bytes:
+        raise RowFault(f"{name} unpacks to more than {most_bytes // 1_000_000} MB")
     return raw
 
 
@@ -117,21 +156,23 @@ def read_pdf(path: Path) -> Iterator[Document]:
     import pypdfium2
 
     faults = Faults(str(path))
-    texts: list[str] = []
+    texts = _Texts()
     pages = 0
     try:
         with pypdfium2.PdfDocument(path) as document:
             pages = len(document)
             for number in range(pages):
                 try:
-                    texts.append(_page_text(document[number]))
+                    texts.add(_page_text(document[number]))
                 except pypdfium2.PdfiumError as error:
                     faults.add(0, f"page {number + 1} cannot be read: {first_line(error)}")
     except pypdfium2.PdfiumError as error:
         locked = "assword" in str(error)
         what = "encrypted, and its password is not known" if locked else "not a PDF that can be read"
         faults.add(0, what if locked else f"{what}: {first_line(error)}")
-    text = "\n\n".join(text for text in texts if text)
+    except RowFault as fault:
+        faults.add(0, str(fault))
+    text = "" if len(faults) else texts.joined()
     if not text and not len(faults):
         faults.add(0, f"there is no text on its {pages} pages; pictures of text need OCR first")
     faults.raise_if_any()

@@ -16,9 +16,9 @@ from typing import Any
 from longlora_cli.data.document import Document
 from longlora_cli.data.faults import Faults, shown
 from longlora_cli.data.readers.opening import (
-    MOST_BYTES,
     MOST_HELD_BYTES,
     InputFile,
+    character_bytes,
     decode_utf8,
     decoded_bytes,
     not_utf8,
@@ -26,11 +26,10 @@ from longlora_cli.data.readers.opening import (
 )
 from longlora_cli.data.readers.row_loop import NumberedRow, documents_of
 from longlora_cli.data.row_values import RowFault
-from longlora_cli.data.strict_json import Decoder, end_of_space, parse_json
+from longlora_cli.data.strict_json import Decoder, end_of_space, objects_bytes, parse_json
 
-# A shorter line takes less memory than there is for one, whatever is in it: three times its text of four bytes a
-# character.
-_LONG_BYTES = MOST_HELD_BYTES // 12
+# A shorter line takes less memory than there is for one, whatever is in it: two bytes of `[]` and a comma become 72.
+_LONG_BYTES = MOST_HELD_BYTES // 40
 # An error this near to the end of what was read may only mean that more must be read: 16 characters are longer
 # than any literal or escape (\ud83d\ude00 has 12).
 _CUT_CHARACTERS = 16
@@ -115,6 +114,8 @@ def _refuse_too_long(line: bytes) -> None:
     text_bytes, parts_bytes = decoded_bytes(line)
     value_bytes = text_bytes + parts_bytes if b"\\" in line else text_bytes
     held_bytes = text_bytes + max(len(line), value_bytes)
+    if held_bytes <= MOST_HELD_BYTES:
+        held_bytes = max(held_bytes, text_bytes + objects_bytes(line, MOST_HELD_BYTES - text_bytes))
     if held_bytes > MOST_HELD_BYTES:
         raise RowFault(
             f"the line takes {held_bytes // 1_000_000:,} MB of memory while it is read, and one document may take "
@@ -220,18 +221,35 @@ class _Scanner:
         self._at = end
 
     def _read_more(self) -> bool:
-        """Read at least as much again as waits, so that a long value is tried few times."""
-        waiting = len(self._text) - self._at
-        if waiting > MOST_BYTES:
-            raise RowFault("a row is longer than 1 GiB, which is more than one document may have")
+        """Read at least a quarter of what waits, so that a long value is tried few times.
+
+        Raises:
+            RowFault: The value takes more memory than there is for one row.
+        """
         parts = [self._text[self._at :]]
+        self._text, self._at = "", 0
+        wanted = len(parts[0]) // 4
         more = 0
-        while more <= waiting and not self._is_whole:
+        while more <= wanted and not self._is_whole:
             part = next(self._parts, None)
             self._is_whole = part is None
             parts.append(part or "")
             more += len(parts[-1])
-        self._text, self._at = "".join(parts), 0
+        width = max(map(character_bytes, filter(None, parts)), default=1)
+        held_bytes = sum(character_bytes(part) * len(part) for part in parts if part)
+        joined_bytes = width * sum(map(len, parts))
+        # Then the value is made, of parts where it has escapes, and its UTF-8 looked at.
+        held_bytes = max(held_bytes, 2 * joined_bytes)
+        if held_bytes + joined_bytes <= MOST_HELD_BYTES:
+            self._text = "".join(parts)
+            if len(self._text) > _LONG_BYTES:
+                held_bytes = max(held_bytes, objects_bytes(self._text, MOST_HELD_BYTES - joined_bytes))
+        if held_bytes + joined_bytes > MOST_HELD_BYTES:
+            raise RowFault(
+                f"a row takes more than {MOST_HELD_BYTES // 1_000_000} MB of memory while it is read, which is more "
+                "than one document may have",
+                hint="Make it several rows, or a text file of its own.",
+            )
         return more > 0
 
 
@@ -255,7 +273,7 @@ def _rows(scanner: _Scanner, faults: Faults) -> Iterator[tuple[int, Any]]:
         if is_array and not faults.is_full:
             _end_of_array(scanner)
     except RowFault as fault:
-        faults.add(scanner.line, str(fault))
+        faults.add(scanner.line, str(fault), hint=fault.hint)
 
 
 def _checked(value: Any, decoder: Decoder) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from longlora_cli.data.document import Document
 from longlora_cli.data.faults import Faults
-from longlora_cli.data.readers.opening import MOST_BYTES, InputFile, decode_utf8
+from longlora_cli.data.readers.opening import MOST_HELD_BYTES, InputFile, decode_utf8
 from longlora_cli.data.rows import RowFault
 
 # Words of a table, one to a line, would be a page of nothing.
@@ -31,6 +31,14 @@ _PRESCAN_BYTES = 1024  # where the HTML standard looks for a page's encoding
 _SELF_CLOSED = re.compile(r"<([A-Za-z][\w:-]*)((?:\s[^<>]*)?)/>")
 _VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())  # noqa: SIM905
 
+# Memory while a page is read, measured with selectolax 0.4: its bytes as they come, as text and in the tree; a stretch
+# of text while it is tidied; an element with its text; an attribute.
+_BYTE, _STRETCH_BYTE, _TAG, _ATTRIBUTE = 6, 18, 360, 270
+_STRETCH = re.compile(rb"(?:\A|<)[^<]{65536,}")
+_TAG_BODY = re.compile(rb"<[^<>\s]*\s([^<>]*)")
+MOST_PAGE_BYTES = MOST_HELD_BYTES // _BYTE
+"""A longer page is never read."""
+
 
 def read_html(path: Path) -> Iterator[Document]:
     """A page as one document, in the encoding that it declares, else UTF-8.
@@ -45,20 +53,63 @@ def read_html(path: Path) -> Iterator[Document]:
         with InputFile(path) as file:
             for block in file.blocks():
                 raw += block
-                if len(raw) > MOST_BYTES:
-                    raise RowFault("the file is longer than 1 GiB, which is more than one document may have")
+                if len(raw) > MOST_PAGE_BYTES:
+                    break
             size_bytes = file.taken_bytes()
+        refuse_large_page(raw)
     except RowFault as fault:
-        faults.add(0, str(fault))
+        faults.add(0, str(fault), hint=fault.hint)
     faults.raise_if_any()
-    text = html_text(decode_markup(bytes(raw), faults))
+    text = html_text(decode_markup(raw, faults))
     if not text and not len(faults):
         faults.add(0, "there is no text in it")
     faults.raise_if_any()
     yield Document(str(path), text, size_bytes)
 
 
-def decode_markup(raw: bytes, faults: Faults) -> str:
+def refuse_large_page(raw: bytes | bytearray, held_bytes: int = 0) -> None:
+    """Raise where a page would take more memory than one document may have.
+
+    Args:
+        raw: The page.
+        held_bytes: What is held beside it.
+
+    Raises:
+        RowFault: It would.
+    """
+    if held_bytes + page_bytes(raw, MOST_HELD_BYTES - held_bytes) > MOST_HELD_BYTES:
+        raise RowFault(
+            f"a page of {len(raw) / 1e6:,.0f} MB and {raw.count(b'<'):,} tags takes more than "
+            f"{MOST_HELD_BYTES // 1_000_000} MB of memory while it is read, which is more than one document may have",
+            hint="Make it several pages, or a text file.",
+        )
+
+
+def page_bytes(raw: bytes | bytearray, enough: int) -> int:
+    """Memory that a page takes while it is read.
+
+    Args:
+        raw: The page.
+        enough: From here on the sum need not be exact.
+
+    Returns:
+        An upper bound.
+    """
+    needed_bytes = len(raw) * _BYTE
+    if needed_bytes > enough:
+        return needed_bytes
+    stretches = (match.end() - match.start() for match in _STRETCH.finditer(raw))
+    needed_bytes += _TAG * raw.count(b"<") + _STRETCH_BYTE * max(stretches, default=0)
+    spaces = sum(raw.count(space) for space in (b" ", b"\n", b"\t", b"\r", b"\f", b"/"))
+    if needed_bytes + _ATTRIBUTE * spaces <= enough:
+        return needed_bytes + _ATTRIBUTE * spaces
+    tags = _TAG_BODY.finditer(raw)
+    while needed_bytes <= enough and (tag := next(tags, None)):
+        needed_bytes += _ATTRIBUTE * len(tag[1].replace(b"/", b" ").split())
+    return needed_bytes
+
+
+def decode_markup(raw: bytes | bytearray, faults: Faults) -> str:
     """The characters of a page: by its byte order mark, by the encoding it declares, else UTF-8.
 
     Args:
@@ -68,7 +119,7 @@ def decode_markup(raw: bytes, faults: Faults) -> str:
     declared = _CHARSET.search(raw[:_PRESCAN_BYTES])
     name = declared[1].decode("ascii").lower() if declared else "utf-8"
     if raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or name.startswith("utf-"):
-        return "".join(decode_utf8([raw], faults))  # which names the other UTFs by their marks
+        return "".join(decode_utf8([bytes(raw)], faults))  # which names the other UTFs by their marks
     # Browsers read Latin-1 and ASCII as Windows' superset of both, and so must whoever reads what they showed.
     name = "cp1252" if name in ("iso-8859-1", "latin-1", "latin1", "us-ascii", "ascii") else name
     try:

@@ -23,7 +23,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes of compressed files that are read without unpacking them first."""
 
 MOST_BYTES = 1 << 30
-"""Largest marked-up file, book or row of an array: one document is held in memory, decoded and tokenized."""
+"""Largest cell of a table that evaluation reads."""
 
 MOST_HELD_BYTES = 960_000_000
 """Memory for one text or row and the copies of it that reading makes."""
