@@ -21,7 +21,7 @@ class SessionAnswerer:
         self._session = Session(loaded, prefill_chunk=prefill_chunk)
         self._stop_ids = stop_ids(loaded)
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+    def answer(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()) -> Answer:
         """The likeliest continuation. Prompts beyond the model's length are read too: that is what "before"
         shows.
 
@@ -30,7 +30,7 @@ class SessionAnswerer:
             NumericError: The logits are not finite numbers.
         """
         said = self._session.answer(
-            list(ids), max_new_tokens=max_new_tokens, stop_ids=self._stop_ids, allow_beyond=True
+            list(ids), max_new_tokens=max_new_tokens, stop_ids=self._stop_ids, stop=stop, allow_beyond=True
         )
         if said.finish == "interrupted":
             raise KeyboardInterrupt

@@ -15,6 +15,7 @@ from longlora_cli.errors import DataError
 from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
 from longlora_cli.evaluation.sharding import text_of
 from longlora_cli.evaluation.statistics import mean_clustered
+from longlora_cli.generation.stopping import cut_at
 
 Advance = Callable[[int], None]
 Row = dict[str, Any]
@@ -30,22 +31,23 @@ class Answer:
 
     Args:
         ids: New token ids, without the end token.
-        text: The same as text.
-        finish: `eos` when the model ended it, `length` when it was cut at the limit.
+        text: The same as text; what follows a stop string may be in it.
+        finish: `eos` when the model ended it, `stop` when one of its strings was met, `length` when it was cut at the
+            limit.
         reused_tokens: Tokens of the prompt that were not read again, because a cache held them.
     """
 
     ids: list[int]
     text: str
-    finish: Literal["eos", "length"]
+    finish: Literal["eos", "stop", "length"]
     reused_tokens: int = 0
 
 
 class Answerer(Protocol):
     """Anything that continues token ids; a model with its KV cache, or a fake."""
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
-        """The likeliest continuation of `ids`, at most `max_new_tokens` long."""
+    def answer(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()) -> Answer:
+        """The likeliest continuation of `ids`, at most `max_new_tokens` long; it may end once one of `stop` is met."""
         ...
 
 
@@ -122,7 +124,7 @@ def predict(
         row = kept.get(key)
         if row is None:
             started = time.perf_counter()
-            answer = answerer.answer(question.prompt, longest)
+            answer = answerer.answer(question.prompt, longest, question.stop)
             text = cut_at(answer.text, question.stop)
             row = {
                 "key": key,
@@ -141,15 +143,6 @@ def predict(
             advance(1)
         # Equal questions share a key, but each has its own place.
         yield row | question.facts | told_of(question)
-
-
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the strings; a blank answer before it is passed over, so that an answer after a line
-    break is one.
-    """
-    start = len(text) - len(text.lstrip())
-    places = [place for word in stop if (place := text.find(word, start)) >= 0]
-    return text[: min(places)] if places else text
 
 
 def told_of(question: Question) -> Row:

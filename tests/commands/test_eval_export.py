@@ -42,7 +42,7 @@ def synthetic(tiny_model_folder, tmp_path_factory):
     (folder / "book.txt").write_text("The mill stood by the river and the wind was old. " * 20)
     tokenizer, turn = load_tokenizer(tiny_model_folder), itertools.count()
 
-    def answer(self, ids, limit):
+    def answer(self, ids, limit, stop=()):
         numbers = re.findall(r"\d{5,}", tokenizer.decode(ids))
         said = f"It is {numbers[0]}." if numbers and next(turn) % 3 else "No."
         return Answer([5], said, "eos")

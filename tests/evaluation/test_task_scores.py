@@ -7,10 +7,11 @@ import random
 import pytest
 
 from longlora_cli.errors import DataError
-from longlora_cli.evaluation.generation import Answer, Question, cut_at, predict
+from longlora_cli.evaluation.generation import Answer, Question, predict
 from longlora_cli.evaluation.scorers import find_scorer
 from longlora_cli.evaluation.scorers.synthetic import edit_similarity
 from longlora_cli.evaluation.task_scores import score_group, score_groups, score_task
+from longlora_cli.generation.stopping import cut_at
 from longlora_cli.task_names import GROUPS, expand, unknown_task
 
 
@@ -135,7 +136,7 @@ class Says:
     def __init__(self):
         self.asked = []
 
-    def answer(self, ids, max_new_tokens):
+    def answer(self, ids, max_new_tokens, stop=()):
         self.asked.append(max_new_tokens)
         return Answer([1, 2], "\nyes\nno", "length")
 
