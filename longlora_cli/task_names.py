@@ -66,6 +66,11 @@ def is_from_files(name: str) -> bool:
     return name.partition(".")[0] in FILES
 
 
+def is_only_weighed(name: str) -> bool:
+    """Whether a task is judged by likelihoods alone: nothing is generated for it."""
+    return name == "ppl" or name.partition(".")[0] in ("multiple_choice", "multiple_choice_cloze")
+
+
 def unknown_task(names: Iterable[str]) -> str | None:
     """What to say of the first name that is neither a task nor a group; None where there is none."""
     known = (*BUILT_IN, *GROUPS, *SYNTHETIC, *FILES)

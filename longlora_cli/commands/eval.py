@@ -27,7 +27,8 @@ from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
-from longlora_cli.evaluation.answerer import SessionAnswerer
+from longlora_cli.evaluation.answerer import SessionAnswerer, choose_batching
+from longlora_cli.evaluation.batching import Batching
 from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
@@ -89,13 +90,14 @@ def _run(
     overlap = look_at_training(plan, training, console) if whole else []
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
+    batching = choose_batching(config.batch_size, loaded)
     live = look_at(loaded, rope=config.rope, chat_template=config.chat_template)
     started = time.perf_counter()
     identity = model_identity(loaded)
     plan, dropped = paced(loaded, plan, mesh, console)
     try:
         if shard is not None:
-            counts = _answer_share(loaded, plan, shard, identity, console)
+            counts = _answer_share(loaded, plan, shard, identity, batching, console)
             mesh.barrier()
             if mesh.world == 1:
                 return show_share(config, shard, counts, console)
@@ -104,7 +106,7 @@ def _run(
         with open_journal(config.out) as journal:
             if len(journal):
                 console.print(f"going on from {len(journal)} finished samples")
-            found = _measure(loaded, plan, journal, identity, console)
+            found = _measure(loaded, plan, journal, identity, batching, console)
             results: dict[str, Any] = {
                 "settings": config.model_dump(mode="json"),
                 "model": {"name": config.model, **identity},
@@ -178,18 +180,28 @@ def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
 
 
 def _answer_share(
-    loaded: LoadedModel, plan: EvalPlan, shard: Shard, identity: Any, console: Console
+    loaded: LoadedModel,
+    plan: EvalPlan,
+    shard: Shard,
+    identity: Any,
+    batching: Batching | None,
+    console: Console,
 ) -> dict[str, int]:
     """Answer a share's questions; how many, by task."""
     with open_journal(plan.config.out, shard) as journal:
-        found = _measure(loaded, plan, journal, identity, console)
+        found = _measure(loaded, plan, journal, identity, batching, console)
     return {task: result.summary["n"] for task, result in found.items()}
 
 
 def _measure(
-    loaded: LoadedModel, plan: EvalPlan, journal: Journal, identity: Any, console: Console
+    loaded: LoadedModel,
+    plan: EvalPlan,
+    journal: Journal,
+    identity: Any,
+    batching: Batching | None,
+    console: Console,
 ) -> dict[str, TaskResult]:
-    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk)
+    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk, batching=batching)
     found: dict[str, TaskResult] = {}
     shares = journal.shard.count if journal.shard is not None else 1
 

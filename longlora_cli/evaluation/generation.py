@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from longlora_cli.errors import DataError
+from longlora_cli.evaluation.batching import Batching, groups
 from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
 from longlora_cli.evaluation.sharding import text_of
 from longlora_cli.evaluation.statistics import mean_clustered
+from longlora_cli.generation.requests import Request
 from longlora_cli.generation.stopping import cut_at
 
 Advance = Callable[[int], None]
@@ -48,6 +50,17 @@ class Answerer(Protocol):
 
     def answer(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()) -> Answer:
         """The likeliest continuation of `ids`, at most `max_new_tokens` long; it may end once one of `stop` is met."""
+        ...
+
+
+@runtime_checkable
+class Together(Answerer, Protocol):
+    """An answerer that continues several prompts at a time, where it is told to by its `batching`."""
+
+    batching: Batching | None
+
+    def answer_together(self, requests: Sequence[Request]) -> list[Answer]:
+        """What `answer` says to each, in their order."""
         ...
 
 
@@ -101,7 +114,9 @@ def predict(
 ) -> Iterator[Row]:
     """Answer questions in their order; those that the journal holds are not asked again.
 
-    Consecutive questions should share long prefixes: an answerer with a cache reads a shared prefix once.
+    Consecutive questions should share long prefixes: an answerer with a cache reads a shared prefix once. One that
+    answers several together (`Together`) is given consecutive questions of similar length, and rows come in the
+    questions' order all the same.
 
     Args:
         answerer: What answers.
@@ -117,32 +132,65 @@ def predict(
         the question has them. `finish` is `stop` where one of its strings was met.
     """
     kept = journal if journal is not None else Journal()
-    for question in kept.share(questions, lambda one: text_of(one.facts)):
-        longest = max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
-        parts = (question.task, hash_ids(question.prompt), question.references, longest, settings)
-        key = key_of(*parts, question.stop) if question.stop else key_of(*parts)
-        row = kept.get(key)
-        if row is None:
-            started = time.perf_counter()
-            answer = answerer.answer(question.prompt, longest, question.stop)
-            text = cut_at(answer.text, question.stop)
-            row = {
-                "key": key,
-                "task": question.task,
-                **question.facts,
-                "references": question.references,
-                "prediction": text,
-                "finish": answer.finish if text == answer.text else "stop",
-                "prompt_tokens": len(question.prompt),
-                "reused_tokens": answer.reused_tokens,
-                "new_tokens": len(answer.ids),
-                "seconds": round(time.perf_counter() - started, 4),
-            } | _judged_by(question)
+    mine = kept.share(questions, lambda one: text_of(one.facts))
+    asked = (_asked(question, max_new_tokens, settings) for question in mine)
+    batching = answerer.batching if isinstance(answerer, Together) else None
+    for group in groups(asked, lambda one: None if one.key in kept else one.request, batching):
+        # Equal questions share a key: they are asked once, but each has its own place.
+        new = list({one.key: one for one in group if one.key not in kept}.values())
+        for row in _answered(answerer, new):
             kept.add(row)
-        if advance is not None:
-            advance(1)
-        # Equal questions share a key, but each has its own place.
-        yield row | question.facts | told_of(question)
+        for one in group:
+            found = kept.get(one.key)
+            assert found is not None
+            if advance is not None:
+                advance(1)
+            yield found | one.question.facts | told_of(one.question)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question with its key in the journal and what is asked of the model."""
+
+    question: Question
+    key: str
+    request: Request
+
+
+def _asked(question: Question, max_new_tokens: int, settings: Any) -> _Asked:
+    longest = max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
+    parts = (question.task, hash_ids(question.prompt), question.references, longest, settings)
+    key = key_of(*parts, question.stop) if question.stop else key_of(*parts)
+    return _Asked(question, key, Request(question.prompt, longest, question.stop))
+
+
+def _answered(answerer: Answerer, asked: Sequence[_Asked]) -> list[Row]:
+    """The rows of questions that are answered together; each has an equal part of the seconds."""
+    started = time.perf_counter()
+    requests = [one.request for one in asked]
+    if len(requests) > 1:
+        assert isinstance(answerer, Together)
+        answers = answerer.answer_together(requests)
+    else:
+        answers = [answerer.answer(one.ids, one.max_new_tokens, one.stop) for one in requests]
+    seconds = round((time.perf_counter() - started) / max(len(asked), 1), 4)
+    rows = []
+    for one, answer in zip(asked, answers, strict=True):
+        question, text = one.question, cut_at(answer.text, one.request.stop)
+        row = {
+            "key": one.key,
+            "task": question.task,
+            **question.facts,
+            "references": question.references,
+            "prediction": text,
+            "finish": answer.finish if text == answer.text else "stop",
+            "prompt_tokens": len(question.prompt),
+            "reused_tokens": answer.reused_tokens,
+            "new_tokens": len(answer.ids),
+            "seconds": seconds,
+        }
+        rows.append(row | _judged_by(question))
+    return rows
 
 
 def told_of(question: Question) -> Row:
