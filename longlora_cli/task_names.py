@@ -39,6 +39,7 @@ FILES = (
     "longbench",
     "longbench_e",
     "longbench_v2",
+    "longbench_v2_cot",
     "infinitebench",
     "ruler_files",
     "babilong",
@@ -47,6 +48,8 @@ FILES = (
     "mrcr_files",
     "qmsum",
     "longchat",
+    "squality",
+    "leval",
     "multiple_choice",
     "multiple_choice_cloze",
 )

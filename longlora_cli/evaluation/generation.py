@@ -65,6 +65,21 @@ class Together(Answerer, Protocol):
 
 
 @dataclass(frozen=True)
+class FollowUp:
+    """What is asked after an answer; what is said then is the one that counts.
+
+    Args:
+        ids_of: The second prompt, from the text of the first answer.
+        max_new_tokens: Longest second answer.
+        wording: Its words, as JSON: a part of the question's key.
+    """
+
+    ids_of: Callable[[str], list[int]]
+    max_new_tokens: int
+    wording: Any
+
+
+@dataclass(frozen=True)
 class Question:
     """A prompt whose answer is known.
 
@@ -80,6 +95,7 @@ class Question:
         scorer: Name of the scorer that judges the answer; None: the caller knows.
         extra: What the scorer needs besides; copied into its row.
         without_context: The prompt without what it asks about; None where the two cannot be told apart.
+        follow_up: What is asked afterwards; None: the first answer counts.
     """
 
     task: str
@@ -92,6 +108,7 @@ class Question:
     scorer: str | None = None
     extra: Row = field(default_factory=dict)
     without_context: Sequence[int] | None = None
+    follow_up: FollowUp | None = None
 
 
 def hash_sample(content: Any, references: Sequence[str]) -> str:
@@ -129,7 +146,8 @@ def predict(
     Yields:
         Rows: `key`, `task`, the question's facts, `sample_hash`, `first_tokens` of the prompt, `references`,
         `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where
-        the question has them. `finish` is `stop` where one of its strings was met.
+        the question has them. `finish` is `stop` where one of its strings was met. A question with a follow-up has the
+        first answer as `reasoning`, of `reasoning_tokens`, which `new_tokens` count too.
     """
     kept = journal if journal is not None else Journal()
     mine = kept.share(questions, lambda one: text_of(one.facts))
@@ -159,38 +177,57 @@ class _Asked:
 
 def _asked(question: Question, max_new_tokens: int, settings: Any) -> _Asked:
     longest = max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
-    parts = (question.task, hash_ids(question.prompt), question.references, longest, settings)
-    key = key_of(*parts, question.stop) if question.stop else key_of(*parts)
-    return _Asked(question, key, Request(question.prompt, longest, question.stop))
+    parts: list[Any] = [question.task, hash_ids(question.prompt), question.references, longest, settings]
+    if question.stop:
+        parts.append(question.stop)
+    if (then := question.follow_up) is not None:
+        parts.append(["then", then.wording, then.max_new_tokens])
+    return _Asked(question, key_of(*parts), Request(question.prompt, longest, question.stop))
 
 
 def _answered(answerer: Answerer, asked: Sequence[_Asked]) -> list[Row]:
     """The rows of questions that are answered together; each has an equal part of the seconds."""
     started = time.perf_counter()
-    requests = [one.request for one in asked]
+    answers = _answers(answerer, [one.request for one in asked])
+    followed = [
+        (place, Request(then.ids_of(answers[place].text), then.max_new_tokens))
+        for place, one in enumerate(asked)
+        if (then := one.question.follow_up) is not None
+    ]
+    places = [place for place, _ in followed]
+    last = dict(zip(places, _answers(answerer, [request for _, request in followed]), strict=True))
+    seconds = round((time.perf_counter() - started) / max(len(asked), 1), 4)
+    return [
+        _row(one, answers[place], last.get(place)) | {"seconds": seconds} | _judged_by(one.question)
+        for place, one in enumerate(asked)
+    ]
+
+
+def _answers(answerer: Answerer, requests: Sequence[Request]) -> list[Answer]:
     if len(requests) > 1:
         assert isinstance(answerer, Together)
-        answers = answerer.answer_together(requests)
-    else:
-        answers = [answerer.answer(one.ids, one.max_new_tokens, one.stop) for one in requests]
-    seconds = round((time.perf_counter() - started) / max(len(asked), 1), 4)
-    rows = []
-    for one, answer in zip(asked, answers, strict=True):
-        question, text = one.question, cut_at(answer.text, one.request.stop)
-        row = {
-            "key": one.key,
-            "task": question.task,
-            **question.facts,
-            "references": question.references,
-            "prediction": text,
-            "finish": answer.finish if text == answer.text else "stop",
-            "prompt_tokens": len(question.prompt),
-            "reused_tokens": answer.reused_tokens,
-            "new_tokens": len(answer.ids),
-            "seconds": seconds,
-        }
-        rows.append(row | _judged_by(question))
-    return rows
+        return answerer.answer_together(requests)
+    return [answerer.answer(one.ids, one.max_new_tokens, one.stop) for one in requests]
+
+
+def _row(one: _Asked, first: Answer, last: Answer | None) -> Row:
+    question, answer = one.question, last or first
+    text = cut_at(answer.text, one.request.stop)
+    row = {
+        "key": one.key,
+        "task": question.task,
+        **question.facts,
+        "references": question.references,
+        "prediction": text,
+        "finish": answer.finish if text == answer.text else "stop",
+        "prompt_tokens": len(question.prompt),
+        "reused_tokens": first.reused_tokens,
+        "new_tokens": len(answer.ids),
+    }
+    if last is not None:
+        row |= {"reasoning": first.text, "reasoning_tokens": len(first.ids)}
+        row["new_tokens"] += len(first.ids)
+    return row
 
 
 def told_of(question: Question) -> Row:

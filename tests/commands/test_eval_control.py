@@ -118,7 +118,8 @@ def test_three_shares_put_together_have_the_same_controls_and_audits_and_ask_not
     out = tmp_path / "out"
     for number in (2, 3, 1):
         run(settings, out, shard=f"{number}/3")
-    monkeypatch.setattr(SessionAnswerer, "answer", lambda *_: pytest.fail("asked again"))
+    for name in ("answer", "answer_together"):
+        monkeypatch.setattr(SessionAnswerer, name, lambda *_: pytest.fail("asked again"))
     found = run(settings, out)
     for part in ("tasks", "audits", "control"):
         assert without_costs(found[part]) == without_costs(whole[1][part])
@@ -126,15 +127,15 @@ def test_three_shares_put_together_have_the_same_controls_and_audits_and_ask_not
 
 def test_a_run_that_was_stopped_among_its_controls_goes_on_there(settings, whole, tmp_path, monkeypatch):
     out, asked, answer = tmp_path / "out", [], SessionAnswerer.answer
-    only = {**settings, "tasks": ["passkey"], "data": []}
+    only = {**settings, "tasks": ["passkey"], "data": [], "batch_size": 1}
     for name in ("needle_facts", "window", "max_tokens", "data"):
         del only[name]
 
-    def stopping(self, ids, max_new_tokens):
+    def stopping(self, ids, max_new_tokens, stop):
         asked.append(len(ids))
         if len(asked) == 6:
             raise KeyboardInterrupt
-        return answer(self, ids, max_new_tokens)
+        return answer(self, ids, max_new_tokens, stop)
 
     monkeypatch.setattr(SessionAnswerer, "answer", stopping)
     with pytest.raises(Interrupted):

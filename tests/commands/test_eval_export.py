@@ -30,7 +30,8 @@ def measure(folder, out, answer, **settings):
     """An evaluation whose answers are given, since a tiny model's are right by chance alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command.SessionAnswerer, "answer", answer)
-        config = EvalConfig(beyond=True, model=str(folder), out=out, device="cpu", dtype="fp32", **settings)
+        more = {"device": "cpu", "dtype": "fp32", "batch_size": 1}
+        config = EvalConfig(beyond=True, model=str(folder), out=out, **more, **settings)
         command.run(config, Console(json_mode=True), dry_run=False)
     return out
 
@@ -73,7 +74,7 @@ def benchmarks(tiny_model_folder, tmp_path_factory):
     return measure(
         tiny_model_folder,
         folder / "result",
-        lambda self, ids, limit: Answer([5], next(said), "eos"),
+        lambda self, ids, limit, stop: Answer([5], next(said), "eos"),
         tasks=["longbench", "longbench_e", "multiple_choice"],
         data=data,
         max_prompt=400,
