@@ -310,7 +310,8 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
-        self.needs("beyond", not self.make and self.rope == "keep", "no length is refused there")
+        fits = self.rope != "keep" and self.rope_factor is None  # the factor is taken from the lengths
+        self.needs("beyond", not (self.make or fits), "no length is refused there")
         self.needs("max_hours", not self.make, "--make measures no model")
         generates = any(not is_only_weighed(task) for task in tasks) and not self.make
         self.check_batch_size(generates=generates, rope=self.rope)

@@ -60,6 +60,11 @@ class RopeSection(Section):
         return self
 
 
+def stretched_tokens(own_tokens: int, factor: float) -> int:
+    """Tokens that a model of so many reads once its positions are stretched."""
+    return int(own_tokens * factor)
+
+
 class PaceSection(Section):
     """How much is measured, and how long that may take."""
 

@@ -56,7 +56,7 @@ from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
 from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.storage import atomic_folder, refuse_existing, write_json, write_text
-from longlora_cli.task_names import is_from_files
+from longlora_cli.task_names import expand, is_from_files
 
 
 def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
@@ -91,10 +91,12 @@ def _run(
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
     batching = choose_batching(config.batch_size, loaded)
-    live = look_at(loaded, rope=config.rope, chat_template=config.chat_template)
+    live = look_at(
+        loaded, rope=config.rope, chat_template=config.chat_template, rope_factor=config.rope_factor
+    )
     started = time.perf_counter()
     identity = model_identity(loaded)
-    plan, dropped = paced(loaded, plan, mesh, console)
+    plan, dropped = paced(loaded, plan, mesh, console, identity)
     try:
         if shard is not None:
             counts = _answer_share(loaded, plan, shard, identity, batching, console)
@@ -106,7 +108,7 @@ def _run(
         with open_journal(config.out) as journal:
             if len(journal):
                 console.print(f"going on from {len(journal)} finished samples")
-            found = _measure(loaded, plan, journal, identity, batching, console)
+            found = _in_order(config, _measure(loaded, plan, journal, identity, batching, console))
             results: dict[str, Any] = {
                 "settings": config.model_dump(mode="json"),
                 "model": {"name": config.model, **identity},
@@ -143,7 +145,8 @@ def _show(results: dict[str, Any], plan: EvalPlan, console: Console) -> None:
     synthetic = {task: results["tasks"][task] for task in plan.synthetic}
     show_tasks(synthetic, results["groups"], console)
     show_benchmarks(results["benchmarks"], results["tasks"], console)
-    show_control(results["tasks"], results["control"].get("left_out", {}), console)
+    means = {f"{name} (mean)": m for name, m in {**results["groups"], **results["benchmarks"]}.items()}
+    show_control({**results["tasks"], **means}, results["control"].get("left_out", {}), console)
     show_audits(results["audits"], console)
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
@@ -171,7 +174,7 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
 
 
 def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
-    readable = readable_tokens(loaded, plan.config.rope)
+    readable = readable_tokens(loaded, plan.config.rope, plan.config.rope_factor)
     if plan.longest > readable:
         console.warn(
             f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
@@ -257,7 +260,8 @@ def _versions() -> dict[str, str]:
 def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskResult]) -> None:
     meta = {"model": config.model, "tasks": list(found)}
     with atomic_folder(config.out, kind="evaluation", meta=meta) as staging:
-        write_json(staging / "results.json", results)
+        # Tasks stay in the order that was asked for, also for a report that is made anew.
+        write_json(staging / "results.json", results, sort_keys=False)
         for task, result in found.items():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows]
             write_text(staging / "samples" / f"{task}.jsonl", "".join(lines))
@@ -268,6 +272,13 @@ def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskRe
                 np.save(staging / "nll_offsets.npy", offsets)
         page, _ = make_page(results, {task: result.rows for task, result in found.items()})
         write_text(staging / "report.html", page)
+
+
+def _in_order(config: EvalConfig, found: dict[str, TaskResult]) -> dict[str, TaskResult]:
+    """Tasks as they were asked for; benchmarks are measured before the others."""
+    place = {name: number for number, name in enumerate(expand(config.tasks))}
+    order = sorted(found, key=lambda task: place.get(task, place.get(task.partition(".")[0], len(place))))
+    return {task: found[task] for task in order}
 
 
 def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) -> None:

@@ -175,6 +175,11 @@ class _Asked:
     request: Request
 
 
+def question_key(question: Question, max_new_tokens: int, settings: Any) -> str:
+    """The key of its row in a journal; arguments as of `predict`."""
+    return _asked(question, max_new_tokens, settings).key
+
+
 def _asked(question: Question, max_new_tokens: int, settings: Any) -> _Asked:
     longest = max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
     parts: list[Any] = [question.task, hash_ids(question.prompt), question.references, longest, settings]
