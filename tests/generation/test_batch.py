@@ -11,6 +11,8 @@ from longlora_cli.generation import batch as batches
 from longlora_cli.generation.batch import answer_together
 from longlora_cli.generation.requests import Request, shared_tokens
 from longlora_cli.generation.session import Session
+from longlora_cli.models.loading import load_model
+from longlora_cli.sections import ModelSection
 
 KINDS = ["tied", "untied", "sliding", "adapter", "nf4"]
 
@@ -105,3 +107,19 @@ def test_positions_that_depend_on_the_length_are_refused(make_loaded):
         answer_together(make_loaded("dynamic"), [Request([5], 1)], stop_ids=(), prefill_chunk=16)
     with pytest.raises(ValueError, match="at least one token"):
         answer_together(make_loaded("tied"), [Request([], 1)], stop_ids=(), prefill_chunk=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("prompts", [APART, ABOUT_ONE_TEXT], ids=["apart", "about one text"])
+def test_on_a_gpu_logits_are_those_of_each_prompt_alone(make_folder, monkeypatch, dtype, prompts):
+    loaded, seen = load_model(ModelSection(model=str(make_folder("gpu")), dtype=dtype, device="cuda")), []
+    true = batches.logits_of
+    monkeypatch.setattr(batches, "logits_of", lambda *a: seen.append(true(*a)) or seen[-1])
+    answer_together(loaded, [Request(ids, 1) for ids in prompts], stop_ids=(), prefill_chunk=31)
+    with torch.no_grad():
+        wanted = [
+            loaded.causal_lm(torch.tensor([ids], device="cuda")).logits[0, -1].float() for ids in prompts
+        ]
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == "fp32" else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(seen[0].float(), torch.stack(wanted), **tolerance)
