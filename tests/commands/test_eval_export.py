@@ -245,7 +245,7 @@ def test_exported_longbench_predictions_are_rescored_to_the_same_scores(benchmar
         ("missing", 2, "does not exist"),
         ("empty", 2, "is not a finished evaluation"),
         ("changed", 4, "differs from its manifest"),
-        ("other tasks", 2, "--export longbench does not know kv, niah_multikey_1,"),
+        ("other tasks", 2, "--export longbench does not know ppl, passkey, niah_single_1,"),
         ("taken", 2, "exists already"),
         ("model", 2, "--model has no effect here: --report reads a finished evaluation"),
         ("alone", 2, "--export has no effect here: it belongs to --report"),
