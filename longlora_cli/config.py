@@ -28,7 +28,7 @@ from longlora_cli.sections import (
     PaceSection,
     RopeSection,
 )
-from longlora_cli.task_names import BUILT_IN, expand, is_from_files, unknown_task
+from longlora_cli.task_names import BUILT_IN, expand, is_from_files, is_only_weighed, unknown_task
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Share
 
 
@@ -310,8 +310,11 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
                 f"--needle-facts {self.needle_facts} is below --depths {self.depths}: each depth asks one"
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
-        self.needs("beyond", not self.make and self.rope == "keep", "no length is refused there")
+        fits = self.rope != "keep" and self.rope_factor is None  # the factor is taken from the lengths
+        self.needs("beyond", not (self.make or fits), "no length is refused there")
         self.needs("max_hours", not self.make, "--make measures no model")
+        generates = any(not is_only_weighed(task) for task in tasks) and not self.make
+        self.check_batch_size(generates=generates, rope=self.rope)
         if self.max_hours is not None and self.shard is not None:
             raise ValueError("--max-hours beside --shard: shares have to be of the same lengths")
         return self

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from longlora_cli.presets import PRESETS
 from longlora_cli.section import Section, setting
-from longlora_cli.values import Length, Names, Paths, Size, parse_length
+from longlora_cli.values import CountOrAuto, Length, Names, Paths, Size, parse_length
 
 CHAT_TEMPLATE_HELP = (
     "Chat template: auto (the tokenizer's own; a run's as it was trained), llama-2, llama-3, mistral, qwen or "
@@ -60,6 +60,11 @@ class RopeSection(Section):
         return self
 
 
+def stretched_tokens(own_tokens: int, factor: float) -> int:
+    """Tokens that a model of so many reads once its positions are stretched."""
+    return int(own_tokens * factor)
+
+
 class PaceSection(Section):
     """How much is measured, and how long that may take."""
 
@@ -72,6 +77,27 @@ class PaceSection(Section):
     max_hours: float | None = setting(
         None, "Leave out the longest lengths if the evaluation would take longer than this.", gt=0
     )
+
+    batch_size: CountOrAuto = setting(
+        "auto",
+        "Most questions answered together; auto: up to 16 of similar length, in all 32,768 tokens with their answers.",
+    )
+
+    def check_batch_size(self, *, generates: bool, rope: str) -> None:
+        """Refuse a batch of what is not generated, or with positions that change with a prompt's length.
+
+        Args:
+            generates: Something is answered by a model; perplexity and choices are not.
+            rope: How positions are stretched.
+
+        Raises:
+            ValueError: One line.
+        """
+        self.needs("batch_size", generates, "it belongs to answers that are generated")
+        if rope == "dynamic" and self.batch_size not in ("auto", 1):
+            raise ValueError(
+                f"--batch-size {self.batch_size} with --rope dynamic: each prompt has its own positions"
+            )
 
     @model_validator(mode="before")
     @classmethod

@@ -228,9 +228,9 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, content: Any) -> None:
-    """`write_text` of indented JSON with sorted keys; NaN and infinity are refused by `json`."""
-    write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+def write_json(path: Path, content: Any, *, sort_keys: bool = True) -> None:
+    """`write_text` of indented JSON; keys are sorted, or as they come. NaN and infinity are refused by `json`."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=sort_keys, allow_nan=False) + "\n")
 
 
 def commit_bytes(path: Path, parts: Iterable[bytes | memoryview]) -> None:

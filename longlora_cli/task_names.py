@@ -39,6 +39,7 @@ FILES = (
     "longbench",
     "longbench_e",
     "longbench_v2",
+    "longbench_v2_cot",
     "infinitebench",
     "ruler_files",
     "babilong",
@@ -47,6 +48,8 @@ FILES = (
     "mrcr_files",
     "qmsum",
     "longchat",
+    "squality",
+    "leval",
     "multiple_choice",
     "multiple_choice_cloze",
 )
@@ -64,6 +67,11 @@ def expand(names: Iterable[str]) -> list[str]:
 def is_from_files(name: str) -> bool:
     """Whether the name is that of a benchmark read from files, or of one of its tasks."""
     return name.partition(".")[0] in FILES
+
+
+def is_only_weighed(name: str) -> bool:
+    """Whether a task is judged by likelihoods alone: nothing is generated for it."""
+    return name == "ppl" or name.partition(".")[0] in ("multiple_choice", "multiple_choice_cloze")
 
 
 def unknown_task(names: Iterable[str]) -> str | None:

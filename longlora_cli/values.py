@@ -34,6 +34,20 @@ def parse_length_or_auto(value: Any) -> Any:
     return value if value == "auto" else parse_length(value)
 
 
+def parse_count_or_auto(value: Any) -> Any:
+    """Read a number from 1, or the word `auto`.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    text = str(value).strip()
+    if text == "auto":
+        return text
+    if isinstance(value, bool) or not text.isdecimal() or int(text) < 1:
+        raise ValueError("not a number from 1, and not auto")
+    return int(text)
+
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -79,6 +93,7 @@ def parse_share(value: object) -> str:
 
 Length = Annotated[int, BeforeValidator(parse_length)]
 LengthOrAuto = Annotated[int | Literal["auto"], BeforeValidator(parse_length_or_auto)]
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(parse_count_or_auto)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Share = Annotated[str, BeforeValidator(parse_share)]
 Names = Annotated[list[str], BeforeValidator(split_commas)]
@@ -89,6 +104,7 @@ Paths = Annotated[list[Path], BeforeValidator(lambda v: [v] if isinstance(v, str
 METAVARS: dict[Any, str] = {
     parse_length: "LENGTH",
     parse_length_or_auto: "LENGTH|auto",
+    parse_count_or_auto: "N|auto",
     parse_share: "I/N",
     parse_size: "SIZE",
 }

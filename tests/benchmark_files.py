@@ -239,6 +239,35 @@ def make_longchat(folder: Path) -> Path:
     return folder
 
 
+def make_squality(folder: Path) -> Path:
+    def asked(question: str, *summaries: str) -> dict[str, Any]:
+        responses = [{"worker_id": "1", "uid": "u", "response_text": text} for text in summaries]
+        return {"question_text": question, "question_number": 1, "responses": responses}
+
+    questions = [
+        asked("What is the plot of the story?", "Ann goes to the mill.", "A mill is visited by Ann."),
+        asked("Who is Bob?", "Bob is the miller.", "He mills."),
+    ]
+    row = {"metadata": {"passage_id": "61", "uid": "x"}, "document": LONG, "questions": questions}
+    write_lines(folder / "test.jsonl", [row])
+    write_lines(
+        folder / "dev.jsonl", [row | {"questions": [asked("Why?", "For costs."), asked("How?", "So.")]}]
+    )
+    return folder
+
+
+def make_leval(folder: Path) -> Path:
+    def row(kind: str, *pairs: tuple[str, str]) -> dict[str, Any]:
+        asked, wanted = [list(part) for part in zip(*pairs, strict=True)]
+        return {"input": LONG, "instructions": asked, "outputs": wanted, "source": "s", "evaluation": kind}
+
+    write_lines(folder / "coursera.jsonl", [row("exam", ("Which?", "AC"), ("And which one?", "B"))])
+    write_lines(folder / "gsm100.jsonl", [row("exam", ("How many?", "1250"))])
+    write_lines(folder / "narrative_qa.jsonl", [row("f1", ("Where stood the mill?", "by the river"))])
+    write_lines(folder / "news_summ.jsonl", [row("rouge", ("Sum it up.", "An old mill by a river."))])
+    return folder
+
+
 def make_choices(folder: Path) -> Path:
     row = {
         "question": "Which is a fruit?",
@@ -258,6 +287,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "longbench": make_longbench,
     "longbench_e": make_longbench_e,
     "longbench_v2": make_longbench_v2,
+    "longbench_v2_cot": make_longbench_v2,
     "infinitebench": make_infinitebench,
     "ruler_files": make_ruler,
     "babilong": make_babilong,
@@ -266,6 +296,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "mrcr_files": make_mrcr,
     "qmsum": make_qmsum,
     "longchat": make_longchat,
+    "squality": make_squality,
+    "leval": make_leval,
     "multiple_choice": make_choices,
     "multiple_choice_cloze": make_choices,
 }
@@ -275,7 +307,7 @@ def right_answer(question: Question) -> str:
     """What one says who knows the answer, in the form that the task asks for."""
     family, _, task = question.task.partition(".")
     references = question.references
-    if family == "longbench_v2":
+    if family in ("longbench_v2", "longbench_v2_cot"):
         return f"The correct answer is ({references[0]})"
     if family == "ruler_files":
         return " and ".join(references)

@@ -27,7 +27,8 @@ from longlora_cli.commands.eval_tasks import show_effective_length, show_tasks
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import Interrupted
-from longlora_cli.evaluation.answerer import SessionAnswerer
+from longlora_cli.evaluation.answerer import SessionAnswerer, choose_batching
+from longlora_cli.evaluation.batching import Batching
 from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
@@ -55,7 +56,7 @@ from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
 from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.storage import atomic_folder, refuse_existing, write_json, write_text
-from longlora_cli.task_names import is_from_files
+from longlora_cli.task_names import expand, is_from_files
 
 
 def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any]:
@@ -89,13 +90,16 @@ def _run(
     overlap = look_at_training(plan, training, console) if whole else []
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
-    live = look_at(loaded, rope=config.rope, chat_template=config.chat_template)
+    batching = choose_batching(config.batch_size, loaded)
+    live = look_at(
+        loaded, rope=config.rope, chat_template=config.chat_template, rope_factor=config.rope_factor
+    )
     started = time.perf_counter()
     identity = model_identity(loaded)
-    plan, dropped = paced(loaded, plan, mesh, console)
+    plan, dropped = paced(loaded, plan, mesh, console, identity)
     try:
         if shard is not None:
-            counts = _answer_share(loaded, plan, shard, identity, console)
+            counts = _answer_share(loaded, plan, shard, identity, batching, console)
             mesh.barrier()
             if mesh.world == 1:
                 return show_share(config, shard, counts, console)
@@ -104,7 +108,7 @@ def _run(
         with open_journal(config.out) as journal:
             if len(journal):
                 console.print(f"going on from {len(journal)} finished samples")
-            found = _measure(loaded, plan, journal, identity, console)
+            found = _in_order(config, _measure(loaded, plan, journal, identity, batching, console))
             results: dict[str, Any] = {
                 "settings": config.model_dump(mode="json"),
                 "model": {"name": config.model, **identity},
@@ -141,7 +145,8 @@ def _show(results: dict[str, Any], plan: EvalPlan, console: Console) -> None:
     synthetic = {task: results["tasks"][task] for task in plan.synthetic}
     show_tasks(synthetic, results["groups"], console)
     show_benchmarks(results["benchmarks"], results["tasks"], console)
-    show_control(results["tasks"], results["control"].get("left_out", {}), console)
+    means = {f"{name} (mean)": m for name, m in {**results["groups"], **results["benchmarks"]}.items()}
+    show_control({**results["tasks"], **means}, results["control"].get("left_out", {}), console)
     show_audits(results["audits"], console)
     console.print(
         f"wrote {config.out} ({results['seconds']:.1f} s, peak {results['peak_bytes'] / 2**20:,.0f} MiB); "
@@ -169,7 +174,7 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
 
 
 def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
-    readable = readable_tokens(loaded, plan.config.rope)
+    readable = readable_tokens(loaded, plan.config.rope, plan.config.rope_factor)
     if plan.longest > readable:
         console.warn(
             f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
@@ -178,18 +183,28 @@ def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
 
 
 def _answer_share(
-    loaded: LoadedModel, plan: EvalPlan, shard: Shard, identity: Any, console: Console
+    loaded: LoadedModel,
+    plan: EvalPlan,
+    shard: Shard,
+    identity: Any,
+    batching: Batching | None,
+    console: Console,
 ) -> dict[str, int]:
     """Answer a share's questions; how many, by task."""
     with open_journal(plan.config.out, shard) as journal:
-        found = _measure(loaded, plan, journal, identity, console)
+        found = _measure(loaded, plan, journal, identity, batching, console)
     return {task: result.summary["n"] for task, result in found.items()}
 
 
 def _measure(
-    loaded: LoadedModel, plan: EvalPlan, journal: Journal, identity: Any, console: Console
+    loaded: LoadedModel,
+    plan: EvalPlan,
+    journal: Journal,
+    identity: Any,
+    batching: Batching | None,
+    console: Console,
 ) -> dict[str, TaskResult]:
-    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk)
+    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk, batching=batching)
     found: dict[str, TaskResult] = {}
     shares = journal.shard.count if journal.shard is not None else 1
 
@@ -245,7 +260,8 @@ def _versions() -> dict[str, str]:
 def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskResult]) -> None:
     meta = {"model": config.model, "tasks": list(found)}
     with atomic_folder(config.out, kind="evaluation", meta=meta) as staging:
-        write_json(staging / "results.json", results)
+        # Tasks stay in the order that was asked for, also for a report that is made anew.
+        write_json(staging / "results.json", results, sort_keys=False)
         for task, result in found.items():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows]
             write_text(staging / "samples" / f"{task}.jsonl", "".join(lines))
@@ -256,6 +272,13 @@ def _commit(config: EvalConfig, results: dict[str, Any], found: dict[str, TaskRe
                 np.save(staging / "nll_offsets.npy", offsets)
         page, _ = make_page(results, {task: result.rows for task, result in found.items()})
         write_text(staging / "report.html", page)
+
+
+def _in_order(config: EvalConfig, found: dict[str, TaskResult]) -> dict[str, TaskResult]:
+    """Tasks as they were asked for; benchmarks are measured before the others."""
+    place = {name: number for number, name in enumerate(expand(config.tasks))}
+    order = sorted(found, key=lambda task: place.get(task, place.get(task.partition(".")[0], len(place))))
+    return {task: found[task] for task in order}
 
 
 def _save_plot(staging: Path, task: str, summary: dict[str, Any], model: str) -> None:

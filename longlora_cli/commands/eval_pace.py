@@ -8,8 +8,10 @@ from typing import Any
 from longlora_cli.console import Console
 from longlora_cli.errors import SettingsError
 from longlora_cli.evaluation.estimate import PROBE_NEW_TOKENS, PROBE_TOKENS, Pace, pace_of
+from longlora_cli.evaluation.journal import peek
 from longlora_cli.evaluation.plan import EvalPlan
 from longlora_cli.evaluation.readings import readings
+from longlora_cli.evaluation.remaining import Finished, finished_of
 from longlora_cli.generation.session import Session
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.parallel.mesh import Mesh
@@ -20,8 +22,13 @@ _CPU_TOKENS = 512
 _WARM_UP_TOKENS = 64
 
 
-def paced(loaded: LoadedModel, plan: EvalPlan, mesh: Mesh, console: Console) -> tuple[EvalPlan, list[int]]:
+def paced(
+    loaded: LoadedModel, plan: EvalPlan, mesh: Mesh, console: Console, identity: Any = None
+) -> tuple[EvalPlan, list[int]]:
     """Say how long the plan will take at most, and leave out lengths until it fits `--max-hours`.
+
+    What a killed run has finished is not counted in what is said. It is in what has to fit, so that a resumed
+    evaluation has the lengths of an uninterrupted one.
 
     The first process decides for all, so that their shares are of one evaluation.
 
@@ -30,6 +37,7 @@ def paced(loaded: LoadedModel, plan: EvalPlan, mesh: Mesh, console: Console) -> 
         plan: What is to be measured.
         mesh: The processes that share the work.
         console: Prints.
+        identity: Of the model, as the keys of finished rows have it.
 
     Returns:
         The plan to follow, and the lengths that were left out, longest first.
@@ -37,7 +45,7 @@ def paced(loaded: LoadedModel, plan: EvalPlan, mesh: Mesh, console: Console) -> 
     Raises:
         SettingsError: Even the shortest length takes too long.
     """
-    seconds, dropped = mesh.from_main(lambda: _decide(measure_pace(loaded, plan), plan, mesh.world))
+    seconds, dropped = mesh.from_main(lambda: _decide(measure_pace(loaded, plan), plan, mesh.world, identity))
     _say(plan, seconds, dropped, console)
     if not dropped:
         return plan, []
@@ -45,8 +53,8 @@ def paced(loaded: LoadedModel, plan: EvalPlan, mesh: Mesh, console: Console) -> 
     return replace(plan, config=plan.config.model_copy(update={"lengths": kept})), dropped
 
 
-def _decide(pace: Pace, plan: EvalPlan, processes: int) -> tuple[dict[str, float], list[int]]:
-    """Seconds by task, and the lengths to leave out."""
+def _decide(pace: Pace, plan: EvalPlan, processes: int, identity: Any) -> tuple[dict[str, float], list[int]]:
+    """Seconds that are left by task, and the lengths to leave out."""
     config = plan.config
     lengths = sorted(set(config.lengths)) if plan.grids or plan.synthetic else []
     dropped: list[int] = []
@@ -61,7 +69,8 @@ def _decide(pace: Pace, plan: EvalPlan, processes: int) -> tuple[dict[str, float
             )
         dropped.append(lengths.pop())
         seconds = _seconds(pace, plan, lengths, processes)
-    return seconds, dropped
+    finished = finished_of(plan, peek(config.out), identity)
+    return (seconds if finished is None else _seconds(pace, plan, lengths, processes, finished)), dropped
 
 
 def measure_pace(loaded: LoadedModel, plan: EvalPlan) -> Pace:
@@ -86,8 +95,10 @@ def _linear_parameters(loaded: LoadedModel) -> int:
     return sum(m.in_features * m.out_features for m in linears)
 
 
-def _seconds(pace: Pace, plan: EvalPlan, lengths: list[int], processes: int) -> dict[str, float]:
-    return {task: pace.seconds(work) / processes for task, work in readings(plan, lengths).items()}
+def _seconds(
+    pace: Pace, plan: EvalPlan, lengths: list[int], processes: int, finished: Finished | None = None
+) -> dict[str, float]:
+    return {task: pace.seconds(work) / processes for task, work in readings(plan, lengths, finished).items()}
 
 
 def _say(plan: EvalPlan, seconds: dict[str, float], dropped: list[int], console: Console) -> None:

@@ -13,7 +13,7 @@ from longlora_cli.evaluation.generation import Question
 from longlora_cli.evaluation.scorers import UnscorableError, find_scorer
 from longlora_cli.evaluation.tasks.files.cutting import Fitted, Limits, fit, needed_tokens
 from longlora_cli.evaluation.tasks.files.opening import FileTask, open_tasks
-from longlora_cli.evaluation.tasks.prompts import bare_of
+from longlora_cli.evaluation.tasks.prompts import bare_of, follow_up_of
 from longlora_cli.evaluation.tasks.sample import Sample
 
 _SOMETHING = "x"  # not empty: rules give an empty answer its 0 before they look at the reference
@@ -64,7 +64,10 @@ class FilePlan:
                 choices = encoder.encode_batch([f" {choice}" for choice in sample.extra["choices"]])
                 yield replace(sample, max_new_tokens=max(map(len, choices)))
             elif self.max_new_tokens is not None and sample.max_new_tokens > self.max_new_tokens:
-                yield replace(sample, max_new_tokens=self.max_new_tokens)
+                then = sample.then and replace(
+                    sample.then, max_new_tokens=min(sample.then.max_new_tokens, self.max_new_tokens)
+                )
+                yield replace(sample, max_new_tokens=self.max_new_tokens, then=then)
             else:
                 yield sample
 
@@ -84,7 +87,7 @@ class FilePlan:
     def questions(self, task: FileTask, counts: CutCounts) -> Iterator[Question]:
         """The same as questions; their rows tell what was cut (`n_truncated`, in tokens, and `truncation`)."""
         for found in self.fitted(task, counts):
-            yield question_of(found, self.limits)
+            yield question_of(self.tokenizer, found, self.limits)
 
     @property
     def longest(self) -> int:
@@ -127,12 +130,16 @@ def _judge_something(task: FileTask, sample: Sample) -> None:
 
 def _nothing_to_ask(task: FileTask) -> DataError:
     labels = ", ".join(file.label for file in task.files)
-    rule = f"Rows of another split than {task.split} are left out." if task.family.name == "qmsum" else None
+    rule = (
+        f"Rows of another split than {task.split} are left out."
+        if task.family.name in ("qmsum", "squality")
+        else None
+    )
     hint = "Give --split train, val or test." if rule else None
     return DataError(f"{labels}: nothing to ask for {task.name}", rule=rule, hint=hint)
 
 
-def question_of(found: Fitted, limits: Limits) -> Question:
+def question_of(tokenizer: Any, found: Fitted, limits: Limits) -> Question:
     """A fitted sample as a question."""
     sample = found.sample
     facts = {"id": sample.id, **sample.facts, "n_truncated": found.lost_tokens}
@@ -149,6 +156,7 @@ def question_of(found: Fitted, limits: Limits) -> Question:
         scorer=sample.scorer,
         extra=sample.extra,
         without_context=None if found.bare is None else found.bare.ids,
+        follow_up=follow_up_of(tokenizer, sample),
     )
 
 

@@ -15,7 +15,7 @@ from longlora_cli.evaluation.file_plan import CutCounts
 from longlora_cli.evaluation.generation import Row
 from longlora_cli.evaluation.scorers import find_scorer
 from longlora_cli.evaluation.statistics import mean_clustered
-from longlora_cli.evaluation.task_scores import is_long, judged
+from longlora_cli.evaluation.task_scores import control_mean, is_long, judged
 from longlora_cli.evaluation.tasks.files.family import Family
 
 Summary = dict[str, Any]
@@ -98,6 +98,7 @@ def score_benchmark(family: Family, summaries: Mapping[str, Summary]) -> Summary
     }
     if categories:
         found |= {"categories": categories, "category_score": _macro(list(categories.values()))}
+    found |= control_mean(every)
     if family.parts:
         found["parts"] = {fact: _parts(every, fact) for fact in family.parts}
     if all("lengths" in summary for summary in every):

@@ -9,12 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from longlora_cli.errors import DataError
+from longlora_cli.evaluation.batching import Batching, groups
 from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
 from longlora_cli.evaluation.sharding import text_of
 from longlora_cli.evaluation.statistics import mean_clustered
+from longlora_cli.generation.requests import Request
+from longlora_cli.generation.stopping import cut_at
 
 Advance = Callable[[int], None]
 Row = dict[str, Any]
@@ -30,23 +33,50 @@ class Answer:
 
     Args:
         ids: New token ids, without the end token.
-        text: The same as text.
-        finish: `eos` when the model ended it, `length` when it was cut at the limit.
+        text: The same as text; what follows a stop string may be in it.
+        finish: `eos` when the model ended it, `stop` when one of its strings was met, `length` when it was cut at the
+            limit.
         reused_tokens: Tokens of the prompt that were not read again, because a cache held them.
     """
 
     ids: list[int]
     text: str
-    finish: Literal["eos", "length"]
+    finish: Literal["eos", "stop", "length"]
     reused_tokens: int = 0
 
 
 class Answerer(Protocol):
     """Anything that continues token ids; a model with its KV cache, or a fake."""
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
-        """The likeliest continuation of `ids`, at most `max_new_tokens` long."""
+    def answer(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()) -> Answer:
+        """The likeliest continuation of `ids`, at most `max_new_tokens` long; it may end once one of `stop` is met."""
         ...
+
+
+@runtime_checkable
+class Together(Answerer, Protocol):
+    """An answerer that continues several prompts at a time, where it is told to by its `batching`."""
+
+    batching: Batching | None
+
+    def answer_together(self, requests: Sequence[Request]) -> list[Answer]:
+        """What `answer` says to each, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """What is asked after an answer; what is said then is the one that counts.
+
+    Args:
+        ids_of: The second prompt, from the text of the first answer.
+        max_new_tokens: Longest second answer.
+        wording: Its words, as JSON: a part of the question's key.
+    """
+
+    ids_of: Callable[[str], list[int]]
+    max_new_tokens: int
+    wording: Any
 
 
 @dataclass(frozen=True)
@@ -65,6 +95,7 @@ class Question:
         scorer: Name of the scorer that judges the answer; None: the caller knows.
         extra: What the scorer needs besides; copied into its row.
         without_context: The prompt without what it asks about; None where the two cannot be told apart.
+        follow_up: What is asked afterwards; None: the first answer counts.
     """
 
     task: str
@@ -77,6 +108,7 @@ class Question:
     scorer: str | None = None
     extra: Row = field(default_factory=dict)
     without_context: Sequence[int] | None = None
+    follow_up: FollowUp | None = None
 
 
 def hash_sample(content: Any, references: Sequence[str]) -> str:
@@ -99,7 +131,9 @@ def predict(
 ) -> Iterator[Row]:
     """Answer questions in their order; those that the journal holds are not asked again.
 
-    Consecutive questions should share long prefixes: an answerer with a cache reads a shared prefix once.
+    Consecutive questions should share long prefixes: an answerer with a cache reads a shared prefix once. One that
+    answers several together (`Together`) is given consecutive questions of similar length, and rows come in the
+    questions' order all the same.
 
     Args:
         answerer: What answers.
@@ -112,44 +146,93 @@ def predict(
     Yields:
         Rows: `key`, `task`, the question's facts, `sample_hash`, `first_tokens` of the prompt, `references`,
         `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where
-        the question has them. `finish` is `stop` where one of its strings was met.
+        the question has them. `finish` is `stop` where one of its strings was met. A question with a follow-up has the
+        first answer as `reasoning`, of `reasoning_tokens`, which `new_tokens` count too.
     """
     kept = journal if journal is not None else Journal()
-    for question in kept.share(questions, lambda one: text_of(one.facts)):
-        longest = max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
-        parts = (question.task, hash_ids(question.prompt), question.references, longest, settings)
-        key = key_of(*parts, question.stop) if question.stop else key_of(*parts)
-        row = kept.get(key)
-        if row is None:
-            started = time.perf_counter()
-            answer = answerer.answer(question.prompt, longest)
-            text = cut_at(answer.text, question.stop)
-            row = {
-                "key": key,
-                "task": question.task,
-                **question.facts,
-                "references": question.references,
-                "prediction": text,
-                "finish": answer.finish if text == answer.text else "stop",
-                "prompt_tokens": len(question.prompt),
-                "reused_tokens": answer.reused_tokens,
-                "new_tokens": len(answer.ids),
-                "seconds": round(time.perf_counter() - started, 4),
-            } | _judged_by(question)
+    mine = kept.share(questions, lambda one: text_of(one.facts))
+    asked = (_asked(question, max_new_tokens, settings) for question in mine)
+    batching = answerer.batching if isinstance(answerer, Together) else None
+    for group in groups(asked, lambda one: None if one.key in kept else one.request, batching):
+        # Equal questions share a key: they are asked once, but each has its own place.
+        new = list({one.key: one for one in group if one.key not in kept}.values())
+        for row in _answered(answerer, new):
             kept.add(row)
-        if advance is not None:
-            advance(1)
-        # Equal questions share a key, but each has its own place.
-        yield row | question.facts | told_of(question)
+        for one in group:
+            found = kept.get(one.key)
+            assert found is not None
+            if advance is not None:
+                advance(1)
+            yield found | one.question.facts | told_of(one.question)
 
 
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the strings; a blank answer before it is passed over, so that an answer after a line
-    break is one.
-    """
-    start = len(text) - len(text.lstrip())
-    places = [place for word in stop if (place := text.find(word, start)) >= 0]
-    return text[: min(places)] if places else text
+@dataclass(frozen=True)
+class _Asked:
+    """A question with its key in the journal and what is asked of the model."""
+
+    question: Question
+    key: str
+    request: Request
+
+
+def question_key(question: Question, max_new_tokens: int, settings: Any) -> str:
+    """The key of its row in a journal; arguments as of `predict`."""
+    return _asked(question, max_new_tokens, settings).key
+
+
+def _asked(question: Question, max_new_tokens: int, settings: Any) -> _Asked:
+    longest = max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
+    parts: list[Any] = [question.task, hash_ids(question.prompt), question.references, longest, settings]
+    if question.stop:
+        parts.append(question.stop)
+    if (then := question.follow_up) is not None:
+        parts.append(["then", then.wording, then.max_new_tokens])
+    return _Asked(question, key_of(*parts), Request(question.prompt, longest, question.stop))
+
+
+def _answered(answerer: Answerer, asked: Sequence[_Asked]) -> list[Row]:
+    """The rows of questions that are answered together; each has an equal part of the seconds."""
+    started = time.perf_counter()
+    answers = _answers(answerer, [one.request for one in asked])
+    followed = [
+        (place, Request(then.ids_of(answers[place].text), then.max_new_tokens))
+        for place, one in enumerate(asked)
+        if (then := one.question.follow_up) is not None
+    ]
+    places = [place for place, _ in followed]
+    last = dict(zip(places, _answers(answerer, [request for _, request in followed]), strict=True))
+    seconds = round((time.perf_counter() - started) / max(len(asked), 1), 4)
+    return [
+        _row(one, answers[place], last.get(place)) | {"seconds": seconds} | _judged_by(one.question)
+        for place, one in enumerate(asked)
+    ]
+
+
+def _answers(answerer: Answerer, requests: Sequence[Request]) -> list[Answer]:
+    if len(requests) > 1:
+        assert isinstance(answerer, Together)
+        return answerer.answer_together(requests)
+    return [answerer.answer(one.ids, one.max_new_tokens, one.stop) for one in requests]
+
+
+def _row(one: _Asked, first: Answer, last: Answer | None) -> Row:
+    question, answer = one.question, last or first
+    text = cut_at(answer.text, one.request.stop)
+    row = {
+        "key": one.key,
+        "task": question.task,
+        **question.facts,
+        "references": question.references,
+        "prediction": text,
+        "finish": answer.finish if text == answer.text else "stop",
+        "prompt_tokens": len(question.prompt),
+        "reused_tokens": first.reused_tokens,
+        "new_tokens": len(answer.ids),
+    }
+    if last is not None:
+        row |= {"reasoning": first.text, "reasoning_tokens": len(first.ids)}
+        row["new_tokens"] += len(first.ids)
+    return row
 
 
 def told_of(question: Question) -> Row:

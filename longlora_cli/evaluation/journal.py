@@ -58,6 +58,10 @@ class Journal:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def of_task(self, task: str) -> int:
+        """How many rows a task has, those of its control included."""
+        return sum(row.get("task") == task for row in self._rows.values())
+
     def get(self, key: str) -> dict[str, Any] | None:
         """The row of this key, if it is finished."""
         return self._rows.get(key)
@@ -72,6 +76,15 @@ class Journal:
         if self._path is not None:
             append_json_line(self._path, row)
         self._rows[row["key"]] = row
+
+
+def peek(out: Path) -> Journal:
+    """What the journals of `out`, and of its shares, hold now; nothing is locked, mended or kept."""
+    folder, found = working_folder(out), Journal()
+    for path in [folder / _FILE, *sorted(folder.glob(f"{_SHARD}*/{_FILE}"))]:
+        for row in read_json_lines(path):
+            found.add(row)
+    return found
 
 
 def working_folder(out: Path) -> Path:

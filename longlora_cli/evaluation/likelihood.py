@@ -48,6 +48,11 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
     return number
 
 
+def weigh_key(question: Question, settings: Any) -> str:
+    """The key of its row in a journal."""
+    return key_of("weigh", question.task, hash_ids(question.prompt), question.extra["choices"], settings)
+
+
 def weigh(
     weigher: Weigher,
     questions: Iterable[tuple[Question, str]],
@@ -73,7 +78,7 @@ def weigh(
     """
     kept = journal if journal is not None else Journal()
     for question, text in kept.share(questions, lambda one: text_of(one[0].facts)):
-        key = key_of("weigh", question.task, hash_ids(question.prompt), question.extra["choices"], settings)
+        key = weigh_key(question, settings)
         row = kept.get(key)
         if row is None:
             row = {"key": key, "task": question.task, **_weighed(weigher, question, text, tokenizer)}

@@ -21,6 +21,7 @@ from longlora_cli.models.loading import LoadedModel
 from longlora_cli.models.source import base_folder
 from longlora_cli.models.tensors import matrix_shape
 from longlora_cli.models.tokenizer import template_sha256, was_trained_otherwise
+from longlora_cli.sections import stretched_tokens
 
 # Two logits of the same model differ by nothing; an adapter's difference is far above that.
 _PROMPT = "The path went down to the river, and on the other side stood a mill."
@@ -58,21 +59,26 @@ class Live:
         return audit("Positions (RoPE)", value, True, note)
 
 
-def readable_tokens(loaded: LoadedModel, rope: str) -> int:
-    """Tokens that a model was made for: a run's trained length, or the base's own, or that of a stretched base."""
+def readable_tokens(loaded: LoadedModel, rope: str, factor: float | None = None) -> int:
+    """Tokens that a model was made for: a run's trained length, or the base's own, or that of a base stretched by a
+    method and, where one was given, a factor.
+    """
     record = loaded.source.record
     if record is not None:
         return record.context_length
+    if rope != "keep" and factor is not None:
+        return stretched_tokens(loaded.own_length, factor)
     return loaded.rope.max_position_embeddings if rope != "keep" else loaded.own_length
 
 
-def look_at(loaded: LoadedModel, *, rope: str, chat_template: str) -> Live:
+def look_at(loaded: LoadedModel, *, rope: str, chat_template: str, rope_factor: float | None = None) -> Live:
     """Look at a model before it is asked anything; later some positions change with the text.
 
     Args:
         loaded: The model.
         rope: How positions were asked to be stretched.
         chat_template: How the template was chosen.
+        rope_factor: By how much, where that was said.
     """
     fault, deviation = None, None
     try:
@@ -81,7 +87,7 @@ def look_at(loaded: LoadedModel, *, rope: str, chat_template: str) -> Live:
     except IncompatibleError as error:
         fault = error.message
     return Live(
-        readable_tokens(loaded, rope),
+        readable_tokens(loaded, rope, rope_factor),
         loaded.rope.describe(),
         deviation,
         fault,

@@ -86,4 +86,4 @@ def _weigh_all(
 def _with_texts(task: FileTask, plan: FilePlan, counts: CutCounts) -> Iterator[_Weighed]:
     for found in plan.fitted(task, counts):
         bare = None if found.bare is None else plain_text(found.bare.sample)
-        yield _Weighed(question_of(found, plan.limits), plain_text(found.sample), bare)
+        yield _Weighed(question_of(plan.tokenizer, found, plan.limits), plain_text(found.sample), bare)

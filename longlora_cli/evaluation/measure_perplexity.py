@@ -96,16 +96,31 @@ def _text_losses(loaded: LoadedModel, text: Text, reading: Reading, kept: _Kept)
     curve = set(reading.curve(plan))
     parts = []
     for block in blocks(plan, _BLOCK_TOKENS):
-        how = [reading.window, reading.stride, reading.bos, reading.short, reading.whole]
 
         def make(block: list[Window] = block) -> Row:
             return _packed(score_text(loaded, ids, reading, windows=block, advance=kept.advance))
 
         losses = sum(w.stop - w.first for w in block)
         losses += sum(s.stop - s.first for w in block if w in curve for s in reading.short_windows(w))
-        row = kept.row([name, *how, block[0].start, block[-1].stop], losses, make)
+        row = kept.row(_block_parts(name, reading, block), losses, make)
         parts.append(_unpacked(row, reading))
     return join(parts)
+
+
+def _block_parts(name: str, reading: Reading, block: Sequence[Window]) -> list[Any]:
+    how = [reading.window, reading.stride, reading.bos, reading.short, reading.whole]
+    return [name, *how, block[0].start, block[-1].stop]
+
+
+def unscored(text: Text, reading: Reading, journal: Journal, identity: Any) -> list[Window]:
+    """The windows of a text whose losses no journal holds."""
+    name = hash_ids(text.ids.tolist())
+    return [
+        window
+        for block in blocks(reading.windows(len(text.ids)), _BLOCK_TOKENS)
+        if key_of("ppl", *_block_parts(name, reading, block), identity) not in journal
+        for window in block
+    ]
 
 
 def _peer(

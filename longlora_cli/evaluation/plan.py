@@ -21,6 +21,7 @@ from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.texts import Text, read_haystack, read_texts
 from longlora_cli.models.source import own_length, resolve
+from longlora_cli.sections import stretched_tokens
 from longlora_cli.task_names import SYNTHETIC, expand, is_from_files
 
 # Answers of passkey and needle are a number or a word; with a sentence around it 24 tokens do, and a
@@ -213,9 +214,20 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
 def _refuse_beyond(plan: EvalPlan) -> None:
     """Nobody should take what a model does outside its positions for what it can do; `--rope` gives it others."""
     config = plan.config
-    if config.make or config.beyond or config.rope != "keep":
+    if config.make or config.beyond or (config.rope != "keep" and config.rope_factor is None):
         return
     readable = _readable(config)
+    if config.rope_factor is not None and resolve(config.model, config.adapter).record is None:
+        needed = plan.longest / readable
+        if config.rope_factor < needed:
+            reached = stretched_tokens(readable, config.rope_factor)
+            raise SettingsError(
+                f"up to {plan.longest:,} tokens would be read, --rope-factor {config.rope_factor:g} takes "
+                f"{config.model} from {readable:,} to {reached:,}",
+                rule="--lengths and --window stay within the positions that --rope gives.",
+                hint=f"Leave --rope-factor out for one of {needed:.4g}, use shorter ones, or add --beyond.",
+            )
+        return
     if plan.longest > readable:
         raise SettingsError(
             f"up to {plan.longest:,} tokens would be read, {config.model} is made for {readable:,}",

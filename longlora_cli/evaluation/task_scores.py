@@ -102,7 +102,24 @@ def score_group(
         "wavg_dec": _weighted(scores, weights[::-1]),
         "lengths": lengths,
         **_effective(lengths, threshold),
+        **control_mean(list(summaries.values())),
     }
+
+
+def control_mean(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of tasks' controls, each counting once: `{"control": {"n", "left_out", "score", "ci95"}}`.
+
+    Empty unless each has one; without a score where one of them could ask nothing without its context.
+    """
+    controls = [summary.get("control") for summary in summaries]
+    if not controls or not all(controls):
+        return {}
+    found: dict[str, Any] = {name: sum(c[name] for c in controls if c) for name in ("n", "left_out")}
+    if all(c is not None and c.get("score") is not None for c in controls):
+        score = math.fsum(c["score"] for c in controls if c) / len(controls)
+        parts = [{"ci95": None, **c} for c in controls if c]
+        found |= {"score": score, "ci95": _interval(score, parts)}
+    return {"control": found}
 
 
 def _effective(lengths: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:

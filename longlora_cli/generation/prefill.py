@@ -109,14 +109,14 @@ def prefill(
     except BaseException:
         crop(cache, done)
         raise
-    return _logits(loaded, hidden)
+    return logits_of(loaded, hidden)
 
 
 @torch.no_grad()
 def step(loaded: LoadedModel, token: int, cache: Any) -> Tensor:
     """Run one token after what `cache` holds; logits of the next one, `[vocabulary]`."""
     ids = torch.tensor([[token]], device=loaded.device)
-    return _logits(loaded, _run(loaded, ids, cache, cache_length(cache)))
+    return logits_of(loaded, _run(loaded, ids, cache, cache_length(cache)))
 
 
 def _run(loaded: LoadedModel, ids: Tensor, cache: Any, past: int) -> Tensor:
@@ -126,7 +126,8 @@ def _run(loaded: LoadedModel, ids: Tensor, cache: Any, past: int) -> Tensor:
     return hidden[0, -1]
 
 
-def _logits(loaded: LoadedModel, hidden: Tensor | None) -> Tensor:
+def logits_of(loaded: LoadedModel, hidden: Tensor | None) -> Tensor:
+    """What may follow: `[..., width]` -> `[..., vocabulary]`; see `prefill` for the error."""
     assert hidden is not None
     weight = loaded.head_weight()
     logits = nn.functional.linear(hidden.to(weight.dtype), weight)

@@ -28,10 +28,11 @@ from longlora_cli.generation.prefill import (
     step,
 )
 from longlora_cli.generation.sampling import Sampler, greedy
+from longlora_cli.generation.stopping import StopWatch
 from longlora_cli.generation.text_stream import TextStream
 from longlora_cli.models.loading import LoadedModel
 
-Finish = Literal["eos", "length", "interrupted"]
+Finish = Literal["eos", "stop", "length", "interrupted"]
 OnToken = Callable[[int, str], None]
 
 
@@ -42,7 +43,8 @@ class Answer:
     Args:
         ids: The generated tokens without the one that ended them.
         text: Their text without special tokens.
-        finish: `eos`: the model ended; `length`: `max_new_tokens` were made; `interrupted`: Ctrl-C.
+        finish: `eos`: the model ended; `stop`: a string that ends it is in its text; `length`: `max_new_tokens` were
+            made; `interrupted`: Ctrl-C.
         prompt_tokens: Length of the prompt.
         reused_tokens: Tokens of the prompt that were in the cache.
         prefill_seconds: Until the first token was chosen; also of a prefill that was interrupted.
@@ -154,6 +156,7 @@ class Session:
         *,
         max_new_tokens: int,
         stop_ids: Collection[int],
+        stop: Sequence[str] = (),
         sampler: Sampler = greedy,
         on_token: OnToken | None = None,
         advance: Advance | None = None,
@@ -165,6 +168,7 @@ class Session:
             ids: The whole prompt, at least one token; what the cache holds of it is not run again.
             max_new_tokens: Most tokens of the answer.
             stop_ids: Tokens that end it.
+            stop: Strings that end it; its text still holds the one that was met (`stopping.cut_at`).
             sampler: Chooses a token from logits `[vocabulary]`.
             on_token: Called for each token with its id and the text that it completes, and at the end with
                 the last id once more if a text was unfinished.
@@ -183,7 +187,8 @@ class Session:
             raise ValueError("a prompt has at least one token")
         if not allow_beyond:
             refuse_overflow(len(ids), max_new_tokens, self.context_length)
-        run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token)
+        watch = StopWatch(self.loaded.tokenizer, stop) if stop else None
+        run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token, watch)
         reused = self.reusable(ids)
         try:
             self._say(run, list(ids), reused, advance)
@@ -241,6 +246,7 @@ class _Run:
         stop_ids: frozenset[int],
         sampler: Sampler,
         on_token: OnToken | None,
+        watch: StopWatch | None,
     ) -> None:
         self.ids: list[int] = []
         self.finish: Finish | None = None
@@ -252,6 +258,7 @@ class _Run:
         self._sampler = sampler
         self._on_token = on_token
         self._stream = TextStream(tokenizer)
+        self._watch = watch
 
     def accept(self, logits: Tensor) -> None:
         """Choose the next token and see whether it is the last."""
@@ -264,6 +271,8 @@ class _Run:
         self._left -= 1
         if self._left == 0:
             self.finish = "length"
+        if self._watch is not None and self._watch.is_met(token):
+            self.finish = "stop"
         if self._on_token is not None:
             self._on_token(token, self._stream.push(token))
 

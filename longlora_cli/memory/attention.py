@@ -10,6 +10,7 @@ through `scaled_dot_product_attention`. The plain twin is `plain_attention`, a f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ from longlora_cli.errors import IncompatibleError
 from longlora_cli.memory.attention_kernels import AttentionKernel, attend, choose_kernel, refuse_backend
 
 Kernels = dict[tuple[torch.device, torch.dtype, int], AttentionKernel]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Places of a batch's rows where no token stands, so that rows of unequal length end together.
+
+    Args:
+        start: The first such place, the same in all rows; 0 is padding at the left.
+        widths: How many there are in each row, int64 `[batch]` on the model's device.
+    """
+
+    start: int
+    widths: Tensor
 
 
 def attention_name(backend: str, device: torch.device) -> str:
@@ -47,7 +61,8 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
     """The function transformers calls for each layer, over the kernels of `backend`.
 
     Any keyword given to `model(...)` arrives here, among them `document_lengths` (for each row of the batch its
-    documents' tokens), `kv_heads_per_call` and `shifted_group` (see `attention_kernels.attend_forward`).
+    documents' tokens), `gap` (a `Gap` in keys that are cached), `kv_heads_per_call` and `shifted_group` (see
+    `attention_kernels.attend_forward`).
     """
     kernels: Kernels = {}
 
@@ -63,6 +78,7 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         document_lengths: list[list[int]] | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        gap: Gap | None = None,
         kv_heads_per_call: int = 0,
         shifted_group: int = 0,
         **ignored: Any,
@@ -75,6 +91,10 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
             if sum(lengths) != tokens or past:
                 raise IncompatibleError(f"documents of {sum(lengths)} tokens in a row of {tokens}")
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        if gap is not None:
+            if document_lengths is not None or shifted_group or dropout:
+                raise IncompatibleError("a gap works without documents, shifted attention and dropout")
+            return _around(query, key, value, gap, scale, window), None
         if past or window is not None or dropout or value.shape[3] != query.shape[3]:
             if shifted_group:
                 raise IncompatibleError(
@@ -162,6 +182,35 @@ def _causal(
             key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
         return sdpa(query, key, value, attn_mask=causal_lower_right(tokens, tokens + past), **options)
     return sdpa(query, key, value, is_causal=True, **options)
+
+
+def _around(query: Tensor, key: Tensor, value: Tensor, gap: Gap, scale: float, window: int | None) -> Tensor:
+    """As `_causal` for rows that end together, each with a gap that no token of it sees; returns as `_packed`.
+
+    Query heads that share keys become rows of one head, so that nothing is repeated and any kernel that takes a mask
+    will do. A query in a gap sees itself: what it gives is never looked at, but must be a number.
+    """
+    batch, heads, tokens, width = query.shape
+    shared = heads // key.shape[1]
+    mask = _gap_mask(gap, tokens, key.shape[2], window)
+    folded = query.reshape(batch, key.shape[1], shared * tokens, width)
+    out = nn.functional.scaled_dot_product_attention(
+        folded, key, value, attn_mask=mask.repeat(1, shared, 1)[:, None], scale=scale
+    )
+    return out.reshape(batch, heads, tokens, value.shape[3]).transpose(1, 2)
+
+
+def _gap_mask(gap: Gap, tokens: int, total: int, window: int | None) -> Tensor:
+    """Which keys the last `tokens` of `total` places see, `[batch, tokens, total]`."""
+    columns = torch.arange(total, device=gap.widths.device)
+    rows = columns[total - tokens :, None]
+    ends = gap.start + gap.widths[:, None]
+    is_token = (columns < gap.start) | (columns >= ends)
+    seen = (columns <= rows) & is_token[:, None]
+    if window is not None:  # counts tokens: those before a gap are as near as if there were none
+        places = columns - gap.widths[:, None] * (columns >= ends)
+        seen = seen & (places[:, None] > places[:, total - tokens :, None] - window)
+    return seen | (columns == rows)
 
 
 def _window_mask(tokens: int, past: int, window: int, device: torch.device) -> Tensor:

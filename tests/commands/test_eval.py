@@ -302,6 +302,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny_model_folder, book, tmp_path, monkey
     )  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(command.SessionAnswerer, "answer", interrupt)
+        patch.setattr(command.SessionAnswerer, "answer_together", interrupt)
         with pytest.raises(Interrupted) as caught:
             run(config)
     assert caught.value.exit_code == 130

@@ -14,6 +14,7 @@ from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import DataError, Interrupted, SettingsError
 from longlora_cli.evaluation.answerer import SessionAnswerer
+from longlora_cli.evaluation.generation import Answer
 from longlora_cli.options import resolve
 
 TASKS = ["ppl", "passkey", "needle", "generate", "lines", "mrcr"]
@@ -118,7 +119,8 @@ def test_three_shares_put_together_have_the_same_controls_and_audits_and_ask_not
     out = tmp_path / "out"
     for number in (2, 3, 1):
         run(settings, out, shard=f"{number}/3")
-    monkeypatch.setattr(SessionAnswerer, "answer", lambda *_: pytest.fail("asked again"))
+    for name in ("answer", "answer_together"):
+        monkeypatch.setattr(SessionAnswerer, name, lambda *_: pytest.fail("asked again"))
     found = run(settings, out)
     for part in ("tasks", "audits", "control"):
         assert without_costs(found[part]) == without_costs(whole[1][part])
@@ -126,15 +128,15 @@ def test_three_shares_put_together_have_the_same_controls_and_audits_and_ask_not
 
 def test_a_run_that_was_stopped_among_its_controls_goes_on_there(settings, whole, tmp_path, monkeypatch):
     out, asked, answer = tmp_path / "out", [], SessionAnswerer.answer
-    only = {**settings, "tasks": ["passkey"], "data": []}
+    only = {**settings, "tasks": ["passkey"], "data": [], "batch_size": 1}
     for name in ("needle_facts", "window", "max_tokens", "data"):
         del only[name]
 
-    def stopping(self, ids, max_new_tokens):
+    def stopping(self, ids, max_new_tokens, stop):
         asked.append(len(ids))
         if len(asked) == 6:
             raise KeyboardInterrupt
-        return answer(self, ids, max_new_tokens)
+        return answer(self, ids, max_new_tokens, stop)
 
     monkeypatch.setattr(SessionAnswerer, "answer", stopping)
     with pytest.raises(Interrupted):
@@ -185,3 +187,27 @@ def test_missing_training_data_are_refused_before_a_model_is_loaded(settings, tm
     monkeypatch.setattr(command, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(DataError, match="no such file"):
         run(settings, tmp_path / "out", train_data=[tmp_path / "nowhere"])
+
+
+def test_groups_and_benchmarks_have_the_mean_of_their_controls(
+    tiny_model_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(SessionAnswerer, "answer", lambda self, ids, limit, stop: Answer([5], "Paris", "eos"))
+    values = {"model": str(tiny_model_folder), "dtype": "fp32", "device": "cpu", "control": "no-context"}
+    values |= {
+        "tasks": ["niah", "longbench"],
+        "data": [files.make_longbench(tmp_path / "d")],
+        "batch_size": 1,
+    }
+    values |= {"lengths": [1400], "depths": 1, "samples": 1, "out": tmp_path / "out", "max_prompt": 400}
+    found = command.run(EvalConfig(beyond=True, **values), Console(), dry_run=False)
+    niah, longbench = found["groups"]["niah"], found["benchmarks"]["longbench"]
+    assert niah["control"]["n"] + niah["control"]["left_out"] == 8
+    controls = [found["tasks"][f"longbench.{task}"]["control"] for task in longbench["tasks"]]
+    assert longbench["control"]["score"] == pytest.approx(sum(c["score"] for c in controls) / len(controls))
+    assert longbench["control"]["score"] > 0
+    assert longbench["control"]["n"] == sum(c["n"] for c in controls)
+    assert "longbench (mean)" in " ".join("".join(capsys.readouterr()).split())
+    assert next(iter(found["tasks"])).startswith("niah"), (
+        "in the order asked for, though files are read first"
+    )

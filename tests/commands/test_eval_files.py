@@ -87,22 +87,22 @@ def test_an_interrupted_benchmark_goes_on_and_gives_the_same(tiny_model_folder, 
     asked = []
     answer = command.SessionAnswerer.answer
 
-    def dies(self, ids, limit):
+    def dies(self, ids, limit, stop):
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append(ids)
-        return answer(self, ids, limit)
+        return answer(self, ids, limit, stop)
 
     monkeypatch.setattr(command.SessionAnswerer, "answer", dies)
     with pytest.raises(Interrupted):
-        run(config(tiny_model_folder, tmp_path / "killed", tasks, [data[0]]))
+        run(config(tiny_model_folder, tmp_path / "killed", tasks, [data[0]], batch_size=1))
 
-    def counts(self, ids, limit):
+    def counts(self, ids, limit, stop):
         asked.append(ids)
-        return answer(self, ids, limit)
+        return answer(self, ids, limit, stop)
 
     monkeypatch.setattr(command.SessionAnswerer, "answer", counts)
-    resumed = run(config(tiny_model_folder, tmp_path / "killed", tasks, [data[0]]))
+    resumed = run(config(tiny_model_folder, tmp_path / "killed", tasks, [data[0]], batch_size=1))
     assert without_times(resumed) == without_times(whole)
     assert len(asked) == 6
 
@@ -194,8 +194,10 @@ def test_samples_that_were_written_are_read_back_as_the_same_questions(tiny_mode
 @pytest.mark.parametrize("task", list(files.LONGBENCH))
 def test_the_rows_of_a_benchmark_can_be_scored_again(tiny_model_folder, data, tmp_path, monkeypatch, task):
     said = f"{files.LONGBENCH[task]['answers'][0]} 2, or so"
-    monkeypatch.setattr(command.SessionAnswerer, "answer", lambda self, ids, limit: Answer([5], said, "eos"))
-    found = run(config(tiny_model_folder, tmp_path / "out", [f"longbench.{task}"], [data[0]]))
+    monkeypatch.setattr(
+        command.SessionAnswerer, "answer", lambda self, ids, limit, stop: Answer([5], said, "eos")
+    )
+    found = run(config(tiny_model_folder, tmp_path / "out", [f"longbench.{task}"], [data[0]], batch_size=1))
     path = tmp_path / "out" / "samples" / f"longbench.{task}.jsonl"
     again = rescore(path, find_scorer("longbench@2e00731"))
     assert again["mean"] > 0
@@ -206,9 +208,11 @@ def test_two_evaluations_of_a_benchmark_are_compared_by_every_rule(tiny_model_fo
     folder = files.make_infinitebench(tmp_path / "data")
     for name, said in (("a", "get_x"), ("b", "nothing")):
         monkeypatch.setattr(
-            command.SessionAnswerer, "answer", lambda self, ids, limit, said=said: Answer([5], said, "eos")
+            command.SessionAnswerer,
+            "answer",
+            lambda self, ids, limit, stop, said=said: Answer([5], said, "eos"),
         )
-        run(config(tiny_model_folder, tmp_path / name, ["infinitebench.code_debug"], [folder]))
+        run(config(tiny_model_folder, tmp_path / name, ["infinitebench.code_debug"], [folder], batch_size=1))
     found = eval_compare.run(
         EvalConfig(out=tmp_path / "a", compare=tmp_path / "b"),
         Console(json_mode=True),
@@ -221,7 +225,9 @@ def test_two_evaluations_of_a_benchmark_are_compared_by_every_rule(tiny_model_fo
 
 def test_tables_show_every_rule_and_what_was_cut(tiny_model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        command.SessionAnswerer, "answer", lambda self, ids, limit: Answer([5] * limit, "get_x", "length")
+        command.SessionAnswerer,
+        "answer",
+        lambda self, ids, limit, stop: Answer([5] * limit, "get_x", "length"),
     )
     folder = files.make_infinitebench(tmp_path / "data")
     settings = config(

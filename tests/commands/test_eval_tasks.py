@@ -36,7 +36,7 @@ def config(folder, out, **changes):
         "lengths": [700, 900],
         "depths": 2,
     }
-    changes = {"beyond": True, **changes} if not changes.get("make") else changes
+    changes = {"beyond": True, "batch_size": 1, **changes} if not changes.get("make") else changes
     return EvalConfig(**{**values, "samples": 1, "dtype": "fp32", "device": "cpu", **changes})
 
 
@@ -45,7 +45,7 @@ def test_tasks_end_in_results_by_length_and_group_with_a_heatmap_where_there_is_
 ):
     # What the model says is of no matter here, and 128 tokens for each of 32 needles take a minute.
     monkeypatch.setattr(
-        command.SessionAnswerer, "answer", lambda self, ids, limit: Answer([5] * limit, "no", "length")
+        command.SessionAnswerer, "answer", lambda self, ids, limit, stop: Answer([5] * limit, "no", "length")
     )
     results = command.run(
         config(tiny_model_folder, tmp_path / "out", tasks=["lines", "niah"], lengths=[1400, 1600]),
@@ -80,11 +80,11 @@ def test_a_killed_evaluation_of_tasks_goes_on_and_gives_the_same(tiny_model_fold
     asked = []
     answer = command.SessionAnswerer.answer
 
-    def interrupted(self, ids, limit):
+    def interrupted(self, ids, limit, stop):
         asked.append(1)
         if len(asked) == 6:
             raise KeyboardInterrupt
-        return answer(self, ids, limit)
+        return answer(self, ids, limit, stop)
 
     monkeypatch.setattr(command.SessionAnswerer, "answer", interrupted)
     with pytest.raises(Exception, match="interrupted"):

@@ -50,7 +50,7 @@ class Oracle:
         self._answers = {tuple(q.prompt): q.references[0] for q in questions}
         self.asked = 0
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+    def answer(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()) -> Answer:
         self.asked += 1
         return Answer([1], self._answers[tuple(ids)], "eos")
 
@@ -58,7 +58,7 @@ class Oracle:
 class Null:
     """Says nothing."""
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+    def answer(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()) -> Answer:
         return Answer([], "", "eos")
 
 
@@ -68,7 +68,7 @@ class Parrot:
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
 
-    def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
+    def answer(self, ids: Sequence[int], max_new_tokens: int, stop: Sequence[str] = ()) -> Answer:
         return Answer(list(ids), self._decode(list(ids)), "length")
 
 

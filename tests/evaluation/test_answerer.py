@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from longlora_cli.evaluation.answerer import SessionAnswerer
+from longlora_cli.evaluation.generation import Question, predict
+from longlora_cli.generation.stopping import cut_at
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +41,15 @@ def test_ctrl_c_is_no_answer(tiny_loaded, prompts, monkeypatch):
     monkeypatch.setattr(type(tiny_loaded), "hidden", interrupt)
     with pytest.raises(KeyboardInterrupt):
         answerer.answer(prompts[0], 4)
+
+
+def test_a_row_with_a_stop_string_has_the_text_of_before_and_fewer_tokens(tiny_loaded):
+    answerer = SessionAnswerer(tiny_loaded, prefill_chunk=4096)
+    asked = [[n, n + 1, n + 2] for n in range(3, 40)]
+    said = {n: answerer.answer(prompt, 24) for n, prompt in enumerate(asked)}
+    place, free = next((n, one) for n, one in said.items() if len(one.text.strip()) > 20)
+    stop = (free.text.strip()[3:6],)
+    question = Question("t", asked[place], ["x"], stop=stop)
+    (row,) = predict(answerer, [question], max_new_tokens=24)
+    assert (row["prediction"], row["finish"]) == (cut_at(free.text, stop), "stop")
+    assert 0 < row["new_tokens"] < len(free.ids)

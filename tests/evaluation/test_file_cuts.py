@@ -132,7 +132,7 @@ def test_skip_leaves_long_ones_out_and_counts_them(tokenizer, long_row):
     counts = CutCounts()
 
     class Says:
-        def answer(self, ids, max_new_tokens):
+        def answer(self, ids, max_new_tokens, stop=()):
             return Answer([1], "Paris", "eos")
 
     rows = list(predict(Says(), plan.questions(plan.tasks[0], counts), max_new_tokens=1))

@@ -65,10 +65,16 @@ class Knows:
             for task in plan.tasks
             for question in plan.questions(task, CutCounts())
         }
+        for question in list(self._questions.values()):
+            if question.follow_up is not None:
+                self._questions[tuple(question.follow_up.ids_of(self._said(question)))] = question
 
-    def answer(self, ids, max_new_tokens):
+    def _said(self, question):
+        return files.right_answer(question) if self._right else ""
+
+    def answer(self, ids, max_new_tokens, stop=()):
         question = self._questions[tuple(ids)]
-        return Answer([1], files.right_answer(question) if self._right else "", "eos")
+        return Answer([1], self._said(question), "eos")
 
     def log_likelihoods(self, ids, continuations):
         right = [place for place in range(len(continuations)) if place == 1]

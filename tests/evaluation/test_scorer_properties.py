@@ -67,6 +67,8 @@ def rows(draw: Callable, scorer: Scorer) -> tuple[str, list, dict]:
     if scorer.name == "infinitebench":
         extra["task"] = draw(st.sampled_from(sorted(INFINITEBENCH)))
         references = INFINITEBENCH[extra["task"]]
+    elif scorer.name == "leval":
+        extra["evaluation"] = draw(st.sampled_from(["exam", "f1", "rouge"]))
     elif scorer.name == "longbench2":
         references = [draw(st.sampled_from("ABCD"))]
     elif scorer.name == "babilong":
@@ -115,7 +117,7 @@ OF_ANY_TEXT = [
     scorer
     for scorer in ALL
     if scorer.name
-    not in ("longbench", "longbench2", "infinitebench", "ruler", "babilong", "graphwalks", "mrcr")
+    not in ("longbench", "longbench2", "infinitebench", "ruler", "babilong", "graphwalks", "mrcr", "leval")
 ]
 
 
@@ -255,7 +257,7 @@ def test_a_row_that_cannot_be_judged_is_an_error_and_never_0(
 
 @pytest.mark.parametrize("scorer", ALL, ids=lambda scorer: scorer.version)
 def test_a_prediction_that_is_no_text_is_an_error_and_never_0(scorer: Scorer) -> None:
-    extra = {"all_classes": ["a"], "question": "?", "prefix": "x"}
+    extra = {"all_classes": ["a"], "question": "?", "prefix": "x", "evaluation": "exam"}
     tasks = {"babilong": "qa1", "infinitebench": "passkey", "ruler": "qa_1", "longbench": "lcc"}
     extra["task"] = tasks.get(scorer.name, "own")
     own = {"longbench.retrieval": "Paragraph 1", "longbench.retrieval_zh": "段落1", "longchat.lines": "1"}

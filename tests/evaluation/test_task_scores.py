@@ -7,10 +7,11 @@ import random
 import pytest
 
 from longlora_cli.errors import DataError
-from longlora_cli.evaluation.generation import Answer, Question, cut_at, predict
+from longlora_cli.evaluation.generation import Answer, Question, predict
 from longlora_cli.evaluation.scorers import find_scorer
 from longlora_cli.evaluation.scorers.synthetic import edit_similarity
 from longlora_cli.evaluation.task_scores import score_group, score_groups, score_task
+from longlora_cli.generation.stopping import cut_at
 from longlora_cli.task_names import GROUPS, expand, unknown_task
 
 
@@ -82,6 +83,29 @@ def test_a_group_is_the_mean_of_its_tasks_and_its_weights_are_rulers():
     assert group["lengths"][0]["ci95"] == pytest.approx([0.955 - half, min(1, 0.955 + half)])
 
 
+def controlled(score, left_out=0, ci95=(0.0, 0.0)):
+    control = {"n": 4, "left_out": left_out}
+    if score is not None:
+        control |= {"score": score, "ci95": None if ci95 is None else [score + ci95[0], score + ci95[1]]}
+    return {"lengths": [part(512, 0.5)], "control": control}
+
+
+def test_a_groups_control_is_the_mean_of_its_tasks_controls():
+    tasks = {"a": controlled(0.2, ci95=(-0.06, 0.03)), "b": controlled(0.4, left_out=1, ci95=(-0.08, 0.04))}
+    control = score_group(tasks)["control"]
+    assert (control["n"], control["left_out"]) == (8, 1)
+    assert control["score"] == pytest.approx(0.3)
+    assert control["ci95"] == pytest.approx([0.3 - 0.05, 0.3 + 0.025])  # halves of 0.06, 0.08 and 0.03, 0.04
+    unsure = score_group({**tasks, "b": controlled(0.4, ci95=None)})["control"]
+    assert (unsure["score"], unsure["ci95"]) == (pytest.approx(0.3), None)
+
+
+def test_a_group_without_all_controls_has_no_mean_of_them():
+    tasks = {"a": controlled(0.2), "b": controlled(None, left_out=4)}
+    assert score_group(tasks)["control"] == {"n": 8, "left_out": 4}
+    assert "control" not in score_group({**tasks, "b": {"lengths": [part(512, 0.5)]}})
+
+
 def test_only_groups_that_were_asked_for_are_scored():
     tasks = {name: {"lengths": [part(512, 0.5)]} for name in GROUPS["ruler"]}
     assert list(score_groups(["vt", "ruler"], tasks)) == ["ruler"]
@@ -135,7 +159,7 @@ class Says:
     def __init__(self):
         self.asked = []
 
-    def answer(self, ids, max_new_tokens):
+    def answer(self, ids, max_new_tokens, stop=()):
         self.asked.append(max_new_tokens)
         return Answer([1, 2], "\nyes\nno", "length")
 

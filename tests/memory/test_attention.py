@@ -168,3 +168,37 @@ def test_on_a_gpu_the_kernel_is_no_further_from_fp32_than_torchs_plain_path(back
     exact = plain_attention(*(t[0].double().cpu() for t in tensors), scaling=1 / 8, document_lengths=lengths)
     error = (out[0].transpose(0, 1).double().cpu() - exact).abs().max()
     assert error < 2**-7  # one bf16 rounding of values near 2
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_rows_with_a_gap_equal_the_rows_without_it(start: int, window: int | None, tokens: int) -> None:
+    widths, past = [0, 2, 5], 9
+    rows = [problem(tokens, past, seed) for seed in range(3)]
+    query, key, value = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    gap = attention.Gap(start, torch.tensor(widths))
+    call = make_attention("torch")
+    out, _ = call(nn.Module(), query, key, value, scaling=WIDTH**-0.5, sliding_window=window, gap=gap)
+    for row, width in enumerate(widths):
+        real = [place for place in range(past + tokens) if not start <= place < start + width]
+        asked = [place - past for place in real if place >= past]
+        alone = rows[row][0][:, :, asked], rows[row][1][:, :, real], rows[row][2][:, :, real]
+        wanted = expected(alone, window=window)
+        torch.testing.assert_close(out[row, asked].transpose(0, 1), wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_what_a_gap_holds_reaches_nothing_and_leaves_no_hole_of_nan() -> None:
+    query, key, value = (torch.cat([t, t]).detach() for t in problem(5, 0))
+    gap = attention.Gap(0, torch.tensor([0, 3]))
+    first, _ = make_attention("torch")(nn.Module(), query, key, value, gap=gap)
+    key[1, :, :3], value[1, :, :3] = 1e6, -1e6
+    second, _ = make_attention("torch")(nn.Module(), query, key, value, gap=gap)
+    assert bool(first.isfinite().all())
+    torch.testing.assert_close(first[1, 3:], second[1, 3:], rtol=0, atol=0)
+
+
+def test_a_gap_beside_documents_is_refused() -> None:
+    gap = attention.Gap(0, torch.tensor([0]))
+    with pytest.raises(IncompatibleError, match="a gap works without documents"):
+        run(problem(3), gap=gap, document_lengths=[[3]])

@@ -18,7 +18,18 @@ def qmsum(prediction: str, references: Sequence[str], extra: Extra = NOTHING) ->
     """`rougeL`, `rouge1`, `rouge2`: F-measures of rouge_score with stemmer, the best over the references, and with
     `_mean` their mean over them.
     """
-    found = [rouge_measures(prediction, reference, stem=True) for reference in references]
+    return _best_and_mean(prediction, references, stem=True)
+
+
+def squality(prediction: str, references: Sequence[str], extra: Extra = NOTHING) -> Scores:
+    """As `qmsum` without stemmer: the best over the references is what nyu-mll/SQuALITY's `multi_rouge` gives by
+    default.
+    """
+    return _best_and_mean(prediction, references, stem=False)
+
+
+def _best_and_mean(prediction: str, references: Sequence[str], *, stem: bool) -> Scores:
+    found = [rouge_measures(prediction, reference, stem=stem) for reference in references]
     best = {kind: max(measures[kind]["f"] for measures in found) for kind in _ROUGES}
     mean = {f"{kind}_mean": math.fsum(m[kind]["f"] for m in found) / len(found) for kind in _ROUGES}
     return best | mean
@@ -49,14 +60,11 @@ def multiple_choice(prediction: str, references: Sequence[str], extra: Extra = N
     return {"score": float(said in references), "normalized": float(by_character in references)}
 
 
+_KEYS = (*_ROUGES, *(f"{kind}_mean" for kind in _ROUGES))
 RULES = (
-    Scorer(
-        "qmsum",
-        "qmsum@rouge_score-0.1.2-stemmer",
-        (*_ROUGES, *(f"{kind}_mean" for kind in _ROUGES)),
-        False,
-        qmsum,
-    ),
+    Scorer("qmsum", "qmsum@rouge_score-0.1.2-stemmer", _KEYS, False, qmsum),
+    Scorer("squality", "squality@rouge_score-0.1.2", _KEYS, False, squality),
+    Scorer("squality", "squality@rouge_score-0.1.2-stemmer", _KEYS, False, qmsum),
     Scorer("longmemeval", "longmemeval@no-judge-1", ("score", "f1"), False, longmemeval),
     Scorer("longchat.lines", "longchat.lines@4b5faa5", ("score",), True, longchat_lines),
     Scorer("multiple_choice", "multiple_choice@1", ("score", "normalized"), True, multiple_choice),

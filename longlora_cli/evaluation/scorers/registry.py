@@ -14,6 +14,7 @@ from longlora_cli.evaluation.scorers import (
     choices,
     helmet,
     infinitebench,
+    leval,
     longbench,
     matching,
     overlap,
@@ -101,6 +102,7 @@ ALL: tuple[Scorer, ...] = (
     Scorer("mrcr", "mrcr@card", _SCORE, False, structured.mrcr),
     *synthetic.RULES,
     *benchmarks.RULES,
+    *leval.RULES,
 )
 _BY_NAME: dict[str, list[Scorer]] = {}
 for _scorer in ALL:

@@ -11,7 +11,7 @@ from typing import Any
 from longlora_cli.data.chat_template import count_prompt, encode_prompt
 from longlora_cli.data.counting import token_counter
 from longlora_cli.data.encoding import safe_encoder
-from longlora_cli.evaluation.generation import Question, hash_sample
+from longlora_cli.evaluation.generation import FollowUp, Question, hash_sample
 from longlora_cli.evaluation.tasks.sample import Sample
 
 
@@ -62,6 +62,19 @@ def bare_of(sample: Sample) -> Sample | None:
     return None if messages is None else replace(sample, messages=messages, context="")
 
 
+def follow_up_of(tokenizer: Any, sample: Sample) -> FollowUp | None:
+    """What is asked after the sample's first answer; None where that one is judged."""
+    then = sample.then
+    if then is None:
+        return None
+
+    def ids_of(said: str) -> list[int]:
+        content = then.before + said.strip() + then.after
+        return prompt_ids(tokenizer, replace(sample, messages=[{"role": "user", "content": content}]))
+
+    return FollowUp(ids_of, then.max_new_tokens, [then.before, then.after])
+
+
 def question_of(tokenizer: Any, sample: Sample) -> Question:
     """The sample as a question."""
     bare = bare_of(sample)
@@ -76,6 +89,7 @@ def question_of(tokenizer: Any, sample: Sample) -> Question:
         scorer=sample.scorer,
         extra=sample.extra,
         without_context=None if bare is None else prompt_ids(tokenizer, bare),
+        follow_up=follow_up_of(tokenizer, sample),
     )
 
 

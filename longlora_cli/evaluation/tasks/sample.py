@@ -13,6 +13,21 @@ from longlora_cli.data.chat_template import Message
 
 
 @dataclass(frozen=True)
+class Then:
+    """A second prompt, around what was said to the first; its answer is the one that is judged.
+
+    Args:
+        before: Its text up to what was said.
+        after: Its text behind that.
+        max_new_tokens: Longest answer.
+    """
+
+    before: str
+    after: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """A question that any model can be asked.
 
@@ -31,6 +46,7 @@ class Sample:
         facts: What is known of it (`length`, `depth`, `sample`); copied into its row.
         as_is: Where there is no chat, a single turn is read just as it stands, with no line break put behind it.
         context: The part of a single turn that the question is about; empty where that is not known.
+        then: What is asked afterwards; None: the first answer is judged.
     """
 
     task: str
@@ -46,6 +62,7 @@ class Sample:
     facts: dict[str, Any] = field(default_factory=dict)
     as_is: bool = False
     context: str = ""
+    then: Then | None = None
 
     @property
     def without_context(self) -> list[Message] | None:
