@@ -20,6 +20,7 @@ from longlora_cli.sections import (
     CHAT_TEMPLATE_HELP,
     AdapterSection,
     BenchmarkSection,
+    CacheSection,
     ControlSection,
     EngineSection,
     ExportSection,
@@ -173,7 +174,7 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, RopeSection, ModelSection):
+class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, CacheSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -226,7 +227,6 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
     max_new_tokens: int = setting(
         64, "Longest answer; of benchmarks only where given: each has its own.", ge=1
     )
-    prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
     effective_score: float = setting(
         85.6, "Per cent that a length must score to count as effective; default: RULER's.", gt=0, le=100
@@ -311,7 +311,8 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
         self.needs("beyond", not self.make and self.rope == "keep", "no length is refused there")
-        self.needs("max_hours", not self.make, "--make measures no model")
+        for name in ("max_hours", "kv_bits"):
+            self.needs(name, not self.make, "--make measures no model")
         if self.max_hours is not None and self.shard is not None:
             raise ValueError("--max-hours beside --shard: shares have to be of the same lengths")
         return self
@@ -345,7 +346,7 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
         return self
 
 
-class ChatConfig(RopeSection, ModelSection):
+class ChatConfig(CacheSection, ModelSection):
     """Talk with a base model or a run about long documents."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -359,7 +360,6 @@ class ChatConfig(RopeSection, ModelSection):
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied.", ge=0)
     top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", gt=0, le=1)
     seed: int = setting(0, "Seed of sampling.", ge=0)
-    prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
 
     @model_validator(mode="after")
     def _sampling_has_an_effect(self) -> ChatConfig:

@@ -37,6 +37,11 @@ def parse_length_or_auto(value: Any) -> Any:
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
+def parse_count(value: Any) -> Any:
+    """A whole number that may be written as text, for settings that take a few numbers only."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+
+
 def parse_size(value: Any) -> Any:
     """Read a number of bytes: `24GiB` (2^30 each), `24GB` (10^9 each), `512MiB`, `1.5TiB`, or plain bytes.
 
@@ -79,6 +84,7 @@ def parse_share(value: object) -> str:
 
 Length = Annotated[int, BeforeValidator(parse_length)]
 LengthOrAuto = Annotated[int | Literal["auto"], BeforeValidator(parse_length_or_auto)]
+KvBits = Annotated[Literal[16, 8, 4], BeforeValidator(parse_count)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Share = Annotated[str, BeforeValidator(parse_share)]
 Names = Annotated[list[str], BeforeValidator(split_commas)]

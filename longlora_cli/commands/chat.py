@@ -11,7 +11,9 @@ from longlora_cli.config import ChatConfig
 from longlora_cli.console import Console, quiet_libraries
 from longlora_cli.errors import DataError, SettingsError
 from longlora_cli.generation.budget import Budget, ModelOutline, free_bytes, outline_model
+from longlora_cli.generation.cache import cache_bytes_for
 from longlora_cli.generation.conversation import Conversation
+from longlora_cli.generation.past import past_of
 from longlora_cli.generation.session import Session, refuse_overflow
 from longlora_cli.models.loading import load_model
 from longlora_cli.models.tokenizer import was_trained_otherwise
@@ -52,7 +54,12 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         return _plan(config, outline, budget, {file.name: file.tokens for file in files})
     refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
     loaded = load_model(config, config, adapter=config.adapter, context_length=config.max_length)
-    session = Session(loaded, prefill_chunk=config.prefill_chunk, context_length=config.max_length)
+    session = Session(
+        loaded,
+        prefill_chunk=config.prefill_chunk,
+        context_length=config.max_length,
+        past=past_of(config),
+    )
     chat = Chat(config, console, notes, conversation, session)
     if question is not None:
         return chat.answer_once(prompt)
@@ -74,7 +81,9 @@ def _question(prompt: str) -> str:
 def _first_budget(prompt_tokens: int, config: ChatConfig, outline: ModelOutline) -> Budget:
     """The budget of the first question; weights are still to be loaded."""
     needed = prompt_tokens + config.max_new_tokens
-    kv_bytes = needed * outline.facts.kv_bytes_per_token(outline.element_bytes)
+    kv_bytes = cache_bytes_for(
+        outline.facts, needed, element_bytes=outline.element_bytes, kv_bits=config.kv_bits
+    )
     return Budget(
         prompt_tokens=prompt_tokens,
         max_new_tokens=config.max_new_tokens,
@@ -96,6 +105,7 @@ def _plan(config: ChatConfig, outline: ModelOutline, budget: Budget, files: dict
         "max_new_tokens": budget.max_new_tokens,
         "needed_tokens": budget.needed_tokens,
         "context_length": budget.context_length,
+        "kv_bits": config.kv_bits,
         "kv_bytes": budget.kv_bytes,
         "weights_bytes": outline.weights_bytes,
         "free_bytes": budget.free_bytes,

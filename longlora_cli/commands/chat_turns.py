@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from longlora_cli.data.readers import kind_of
 from longlora_cli.errors import DataError, Interrupted
 from longlora_cli.generation.budget import Budget, free_bytes
 from longlora_cli.generation.conversation import Conversation, Prompt
+from longlora_cli.generation.kv_effect import Divergence, kv_divergence
+from longlora_cli.generation.past import FULL_BITS
 from longlora_cli.generation.sampling import make_sampler
 from longlora_cli.generation.session import Answer, Session, refuse_overflow, stop_ids
 
@@ -82,6 +85,7 @@ class Chat:
         self.conversation, self.session = conversation, session
         self.max_new_tokens = config.max_new_tokens
         self.last: Answer | None = None
+        self.divergence: Divergence | None = None
         self._stop_ids = stop_ids(session.loaded)
         self._sampler = make_sampler(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
 
@@ -97,7 +101,9 @@ class Chat:
             "new_tokens": len(answer.ids),
             "reused_tokens": answer.reused_tokens,
             "context_length": self.session.context_length,
+            "kv_bits": self.session.past.kv_bits,
             "kv_bytes": answer.kv_bytes,
+            "kv_divergence": None if self.divergence is None else asdict(self.divergence),
             "timings": {
                 "prefill_seconds": answer.prefill_seconds,
                 "decode_seconds": answer.decode_seconds,
@@ -134,12 +140,33 @@ class Chat:
         if prompt.attachments or self.last is None:
             self.notes.print(budget.describe())
         budget.refuse_memory()
+        self._measure_bits(prompt)
         answer = self._stream(prompt)
         if answer.ids or answer.finish != "interrupted":
             self.conversation.keep(prompt, answer.text, answer.ids)
         self.last = answer
         self.notes.print(self.meter(answer))
         return answer
+
+    def _measure_bits(self, prompt: Prompt) -> None:
+        """Tell once what the bits of keys and values change, as soon as a prompt is long enough to say so."""
+        if self.divergence is None:
+            self.divergence = kv_divergence(self.session.loaded, prompt.ids, self.session.past)
+            if self.divergence is not None:
+                self.notes.print(f"KV{self.kv_note}")
+
+    @property
+    def kv_note(self) -> str:
+        """Bits of keys and values where they are not the model's own, and what they change."""
+        bits, found = self.session.past.kv_bits, self.divergence
+        if bits == FULL_BITS:
+            return ""
+        if found is None:
+            return f", in {bits} bits"
+        return (
+            f" in {bits} bits: KL {found.kl:.1e} nats to full keys and values, "
+            f"over the last {found.tokens} of {found.text_tokens:,} tokens"
+        )
 
     def _stream(self, prompt: Prompt) -> Answer:
         new = len(prompt.ids) - self.session.reusable(prompt.ids)

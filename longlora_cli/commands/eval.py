@@ -50,6 +50,7 @@ from longlora_cli.evaluation.sharding import Shard
 from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
 from longlora_cli.evaluation.train_overlap import open_train_data
+from longlora_cli.generation.past import past_of
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
@@ -91,7 +92,7 @@ def _run(
     _warn_beyond(loaded, plan, console)
     live = look_at(loaded, rope=config.rope, chat_template=config.chat_template)
     started = time.perf_counter()
-    identity = model_identity(loaded)
+    identity = model_identity(loaded) | past_of(config).to_json()
     plan, dropped = paced(loaded, plan, mesh, console)
     try:
         if shard is not None:
@@ -189,7 +190,7 @@ def _answer_share(
 def _measure(
     loaded: LoadedModel, plan: EvalPlan, journal: Journal, identity: Any, console: Console
 ) -> dict[str, TaskResult]:
-    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk)
+    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk, past=past_of(plan.config))
     found: dict[str, TaskResult] = {}
     shares = journal.shard.count if journal.shard is not None else 1
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from longlora_cli.evaluation.generation import Answer
+from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.generation.session import Session, stop_ids
 from longlora_cli.models.loading import LoadedModel
 
 
 class SessionAnswerer:
-    """Greedy answers from one KV cache, which keeps the longest prefix that the next prompt shares.
+    """Greedy answers from one session, which keeps the longest prefix that the next prompt shares.
 
     Args:
         loaded: The model, in eval mode.
         prefill_chunk: Tokens of a prompt read at one time.
+        past: How what was read is kept.
+
+    Raises:
+        SettingsError: The model's past cannot be kept so.
     """
 
-    def __init__(self, loaded: LoadedModel, *, prefill_chunk: int) -> None:
-        self._session = Session(loaded, prefill_chunk=prefill_chunk)
+    def __init__(self, loaded: LoadedModel, *, prefill_chunk: int, past: Past = PLAIN) -> None:
+        self._session = Session(loaded, prefill_chunk=prefill_chunk, past=past)
         self._stop_ids = stop_ids(loaded)
 
     def answer(self, ids: Sequence[int], max_new_tokens: int) -> Answer:
@@ -34,7 +39,7 @@ class SessionAnswerer:
         )
         if said.finish == "interrupted":
             raise KeyboardInterrupt
-        return Answer(said.ids, said.text, said.finish, said.reused_tokens)
+        return Answer(said.ids, said.text, said.finish, said.reused_tokens, said.kv_bytes)
 
     def log_likelihoods(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
         """Natural logarithm of the probability of each continuation; `ids` are read once."""

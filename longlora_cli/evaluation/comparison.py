@@ -29,7 +29,7 @@ _NOT_OF_THE_TASK = {
         "rope",
         "rope_factor",
     ),
-    *("rope_theta", "out", "compare", "tasks", "prefill_chunk", "effective_score", "metrics"),
+    *("rope_theta", "out", "compare", "tasks", "prefill_chunk", "kv_bits", "effective_score", "metrics"),
 }
 _PERPLEXITY = ("window", "stride", "bos", "docs")
 _PERPLEXITY_ONLY = {*_PERPLEXITY, "max_tokens", "short_context", "compat"}

@@ -33,12 +33,14 @@ class Answer:
         text: The same as text.
         finish: `eos` when the model ended it, `length` when it was cut at the limit.
         reused_tokens: Tokens of the prompt that were not read again, because a cache held them.
+        kv_bytes: Keys and values held afterwards.
     """
 
     ids: list[int]
     text: str
     finish: Literal["eos", "length"]
     reused_tokens: int = 0
+    kv_bytes: int = 0
 
 
 class Answerer(Protocol):
@@ -111,8 +113,8 @@ def predict(
 
     Yields:
         Rows: `key`, `task`, the question's facts, `sample_hash`, `first_tokens` of the prompt, `references`,
-        `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where
-        the question has them. `finish` is `stop` where one of its strings was met.
+        `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `kv_bytes`, `seconds`; `scorer` and
+        `extra` where the question has them. `finish` is `stop` where one of its strings was met.
     """
     kept = journal if journal is not None else Journal()
     for question in kept.share(questions, lambda one: text_of(one.facts)):
@@ -134,6 +136,7 @@ def predict(
                 "prompt_tokens": len(question.prompt),
                 "reused_tokens": answer.reused_tokens,
                 "new_tokens": len(answer.ids),
+                "kv_bytes": answer.kv_bytes,
                 "seconds": round(time.perf_counter() - started, 4),
             } | _judged_by(question)
             kept.add(row)
@@ -167,10 +170,11 @@ def speed(rows: Sequence[Row]) -> Row:
 
     `tokens_per_second` counts prompt tokens in full even where a cache spared reading them: it is the rate
         that a
-    user sees. `reused_tokens` says how many were spared.
+    user sees. `reused_tokens` says how many were spared, `kv_bytes` what the longest answer held.
     """
     sums = {name: sum(row[name] for row in rows) for name in _COSTS}
     tokens = sums["prompt_tokens"] + sums["new_tokens"]
+    sums["kv_bytes"] = max((row.get("kv_bytes", 0) for row in rows), default=0)
     return {**sums, "tokens_per_second": tokens / sums["seconds"] if sums["seconds"] > 0 else None}
 
 

@@ -20,6 +20,7 @@ from longlora_cli.evaluation.peer_perplexity import (
 )
 from longlora_cli.evaluation.texts import Text
 from longlora_cli.evaluation.windows import Reading
+from longlora_cli.generation.past import past_of
 
 
 def stride_of(config: EvalConfig) -> int:
@@ -38,6 +39,7 @@ def reading_of(config: EvalConfig, texts: Sequence[Text]) -> Reading:
         short=config.short_context,
         whole=all(len(text.ids) < room for text in texts),
         chunk=config.prefill_chunk,
+        past=past_of(config),
     )
 
 
