@@ -18,6 +18,7 @@ from pydantic import model_validator
 from longlora_cli.section import Section, setting
 from longlora_cli.sections import (
     CHAT_TEMPLATE_HELP,
+    PLANNED_BY,
     AdapterSection,
     BenchmarkSection,
     CacheSection,
@@ -29,6 +30,7 @@ from longlora_cli.sections import (
     PaceSection,
     RopeSection,
 )
+from longlora_cli.sections_beacon import BeaconSection
 from longlora_cli.task_names import BUILT_IN, expand, is_from_files, unknown_task
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Share
 
@@ -141,7 +143,7 @@ class PrepareConfig(Section):
         return self.overlap if self.stride is None else self.max_length - self.stride
 
 
-class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, ModelSection):
+class TrainConfig(EngineSection, OptimSection, BeaconSection, AdapterSection, RopeSection, ModelSection):
     """Train an adapter that reads longer contexts."""
 
     data: Paths = setting(..., "Prepared data, one or more folders.", short="-d")
@@ -164,6 +166,8 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> TrainConfig:
+        method = self.eval_method if self.eval_data is not None else None
+        self.check_training(PLANNED_BY, self.max_length, self.rope, self.adapter, evaluates=method)
         if isinstance(self.max_length, int) and self.max_length < 8:
             raise ValueError(f"--max-length {self.max_length} is below 8")
         for name in ("eval_every", "eval_method", "eval_samples"):

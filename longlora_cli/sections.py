@@ -185,7 +185,9 @@ class ControlSection(Section):
 class AdapterSection(Section):
     """What is trained."""
 
-    adapter: Literal["lora", "rslora", "dora", "pissa"] = setting("lora", "Kind of low-rank adapter.")
+    adapter: Literal["lora", "rslora", "dora", "pissa", "none"] = setting(
+        "lora", "Kind of low-rank adapter; none trains beacons alone."
+    )
     lora_rank: int = setting(16, "Rank of the adapter.", ge=1)
     lora_alpha: float | None = setting(None, "Scale of the adapter; default: twice the rank.", gt=0)
     lora_dropout: float = setting(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
@@ -195,6 +197,12 @@ class AdapterSection(Section):
     also_train: Literal["none", "norms", "all"] = setting(
         "none", "Also train the norms, or norms and embeddings (all), as LongLoRA does."
     )
+
+    @model_validator(mode="after")
+    def _adapter_settings_have_an_effect(self) -> AdapterSection:
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "also_train"):
+            self.needs(name, self.adapter != "none", "--adapter none adds no adapter")
+        return self
 
 
 class OptimSection(Section):
@@ -228,6 +236,8 @@ PLAN_KEYS = (
     "kv_heads_per_call",
     "embedding",
 )
+PLANNED_BY = ("engine", "plan", "s2_group", "gpu_memory", "host_memory", "disk_offload", "probe")
+"""Settings of the memory plan."""
 # Parts whose value is a place; the others' are numbers.
 _PLAN_PLACES = {"offload": ("gpu", "host", "disk"), "embedding": ("gpu", "host")}
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([km]?)", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1024, "m": 1024 * 1024}
@@ -89,6 +89,7 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 Share = Annotated[str, BeforeValidator(parse_share)]
 Names = Annotated[list[str], BeforeValidator(split_commas)]
 Numbers = Annotated[list[float], BeforeValidator(split_commas)]
+Ratios = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(split_commas)]
 Lengths = Annotated[list[Length], BeforeValidator(split_commas)]
 Paths = Annotated[list[Path], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 

@@ -149,7 +149,7 @@ def _kind_of(module: nn.Linear) -> str:
 
 def _adapter(loaded: LoadedModel) -> Audit:
     name = "Adapter"
-    if loaded.source.adapter is None:
+    if loaded.source.low_rank is None:
         return audit(name, "none", None)
     if loaded.source_has_adapter:
         difference = _logit_difference(loaded)
@@ -187,9 +187,9 @@ def _folded_difference(loaded: LoadedModel) -> tuple[int, int, float]:
     """How many of an adapter's tensors differ from the base's file in their first rows, of how many; the largest
     difference.
     """
-    assert loaded.source.adapter is not None
+    assert loaded.source.low_rank is not None
     _, layout, files = open_base(base_folder(loaded.source.base))
-    names = open_adapter(loaded.source.adapter, layout, files).changed
+    names = open_adapter(loaded.source.low_rank, layout, files).changed
     differences = []
     for name in names:
         parameter: Any = loaded.causal_lm.get_parameter(name)
