@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, model_validator
 
 from longlora_cli.section import Section, setting
 from longlora_cli.values import Length, Names, Ratios
@@ -84,8 +84,8 @@ class BeaconSection(Section):
     beacon_sink: Length = setting(0, "First tokens of a text that are never compressed.", ge=0)
     beacon_embed_init: Literal["eos", "bos"] = setting("eos", "Token whose embedding beacons start from.")
     beacon_parallel_window: int = setting(1, "Windows that are read in one pass.", ge=1)
-    eval_beacon_ratio: Annotated[int, Field(ge=0)] | None = setting(
-        None, "Ratio of evaluations during training; default: the largest of --beacon-ratio."
+    eval_beacon_ratio: int | None = setting(
+        None, "Ratio of evaluations during training; default: the largest of --beacon-ratio.", ge=1
     )
 
     @property

@@ -51,13 +51,28 @@ def shifted_labels(labels: Tensor, settings: BeaconSettings) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What does not change between the windows of a batch."""
+    """What does not change between the passes of a batch."""
 
     decoder: Any
     head: Tensor
     projections: BeaconProjections
-    layers: int
+    inv_freq: Tensor
+    dtype: torch.dtype
     tile_tokens: int
+    recompute: bool
+
+    def run(
+        self, plan: Pass, tokens: Tensor, targets: Tensor, held: Sequence[Sequence[Tensor]]
+    ) -> tuple[Any, ...]:
+        """`_window`, of which backward computes everything again."""
+        pieces = [piece for of_row in held for piece in of_row]
+        counts = [len(of_row) for of_row in held]
+        if self.recompute and torch.is_grad_enabled():
+            result: tuple[Any, ...] = checkpoint(
+                _window, self, plan, tokens, targets, counts, *pieces, use_reentrant=False
+            )
+            return result
+        return _window(self, plan, tokens, targets, counts, *pieces)
 
 
 def window_losses(
@@ -91,43 +106,20 @@ def window_losses(
         SettingsError: Settings that cannot be used in training.
         IncompatibleError: No beacons on the model, or a head that is more than a matrix.
     """
-    projections, head = projections_of(model), head_weight(model)
-    if projections is None or head is None:
-        what = "beacons" if projections is None else "output head that is one matrix"
-        raise IncompatibleError(f"the model has no {what}", rule="Training beacons needs both.")
+    job = _job(model, settings, tile_tokens, recompute)
     rows = list(ids)
-    try:
-        settings.validate()
-        longest = max(len(row) for row in rows)
-        ratios = RatioSource(settings, generator=generator, limit=limit, training=True, tokens=longest)
-        ratios.expect(longest)
-    except ValueError as error:
-        raise SettingsError(str(error)) from None
-    decoder = model.get_decoder()
-    job = _Job(decoder, head, projections, len(decoder.layers), tile_tokens)
+    ratios = _ratios(rows, settings, generator, limit)
     moved = [shifted_labels(row, settings) for row in labels]
-    dtype = decoder.get_input_embeddings().weight.dtype
-    # The dtype of keys under autocast is not the embedding's; turns then work in float32 all the same.
-    inv_freq = frequencies(decoder, _head_dim(model.config)).to(rows[0].device)
+    wide = job.dtype == torch.float64
+    total = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=rows[0].device)
     memory: list[list[Tensor]] = [[] for _ in rows]
     staying: list[list[Tensor]] = [[] for _ in rows]
-    total = torch.zeros(
-        (), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=inv_freq.device
-    )
     for steps in _passes(rows, settings, ratios):
-        plan = plan_pass([(n, windows) for n, _, windows in steps], inv_freq, dtype)
+        plan = plan_pass([(n, windows) for n, _, windows in steps], job.inv_freq, job.dtype)
         spans = [(n, start, start + sum(w.tokens for w in windows)) for n, start, windows in steps]
         tokens = torch.cat([rows[n][start:stop] for n, start, stop in spans])
         targets = torch.cat([moved[n][start:stop] for n, start, stop in spans])
-        held = [memory[n] + staying[n] for n, *_ in spans]
-        pieces = [piece for of_row in held for piece in of_row]
-        counts = [len(of_row) for of_row in held]
-        if recompute and torch.is_grad_enabled():
-            loss, *left = checkpoint(
-                _window, job, plan, tokens, targets, counts, *pieces, use_reentrant=False
-            )
-        else:
-            loss, *left = _window(job, plan, tokens, targets, counts, *pieces)
+        loss, *left = job.run(plan, tokens, targets, [memory[n] + staying[n] for n, *_ in spans])
         total = total + loss
         for (n, *_), closed, stays in zip(spans, left[: len(spans)], left[len(spans) :], strict=True):
             memory[n] += [] if closed is None else [closed]
@@ -135,8 +127,34 @@ def window_losses(
     return total, sum((row.ne(IGNORE).sum() for row in moved), torch.zeros_like(moved[0][0]))
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _job(model: Any, settings: BeaconSettings, tile_tokens: int, recompute: bool) -> _Job:
+    projections, head = projections_of(model), head_weight(model)
+    if projections is None or head is None:
+        what = "beacons" if projections is None else "output head that is one matrix"
+        raise IncompatibleError(f"the model has no {what}", rule="Training beacons needs both.")
+    if set(projections.names) != set(settings.projections):
+        raise IncompatibleError(
+            f"beacons with projections {','.join(projections.names)}, settings with {','.join(settings.projections)}"
+        )
+    decoder = model.get_decoder()
+    weight = decoder.get_input_embeddings().weight
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inv_freq = frequencies(decoder, head_dim).to(weight.device)
+    return _Job(decoder, head, projections, inv_freq, weight.dtype, tile_tokens, recompute)
+
+
+def _ratios(
+    rows: Sequence[Tensor], settings: BeaconSettings, generator: Random | None, limit: int | None
+) -> RatioSource:
+    longest = max(len(row) for row in rows)
+    try:
+        settings.validate()
+        ratios = RatioSource(settings, generator=generator, limit=limit, training=True, tokens=longest)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    ratios.expect(longest)
+    return ratios
 
 
 def _passes(
@@ -156,7 +174,9 @@ def _window(
 
     A piece of memory is `[layers, 2, kv_heads, rows, head_dim]`: one tensor, so that a pass saves few.
     """
-    memory = BeaconMemory(1 + max(part.sequence for part in plan.parts), job.layers, collect=True)
+    memory = BeaconMemory(
+        1 + max(part.sequence for part in plan.parts), len(job.decoder.layers), collect=True
+    )
     first = 0
     for part, count in zip(plan.parts, counts, strict=True):
         if count:

@@ -2,8 +2,7 @@
 
 Chunks are packed for attention that keeps documents apart. Memory that grows along a document cannot: it has to begin
 anew with each. So every document of a chunk is a sample of its own, and those that fit into one window are left out,
-because nothing of them is ever compressed. Documents with equally many windows can be one batch: only the last window,
-which is not compressed in training, is padded.
+because nothing of them is ever compressed.
 """
 
 from __future__ import annotations

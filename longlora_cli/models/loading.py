@@ -77,7 +77,7 @@ class LoadedModel:
         dtype: `fp32`, `bf16` or `fp16`.
         quantization: `none`, `nf4` or `int8`.
         own_length: Tokens the base was made for, before any stretching.
-        beacons: The beacon projections on the model (`beacon.loading`); None for a plain model.
+        beacons: `BeaconSettings` of the beacons on the model (`beacon.loading`); None for a plain model.
     """
 
     model: Any
