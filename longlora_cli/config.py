@@ -21,7 +21,6 @@ from longlora_cli.sections import (
     PLANNED_BY,
     AdapterSection,
     BenchmarkSection,
-    CacheSection,
     ControlSection,
     EngineSection,
     ExportSection,
@@ -31,6 +30,7 @@ from longlora_cli.sections import (
     RopeSection,
 )
 from longlora_cli.sections_beacon import BeaconSection
+from longlora_cli.sections_past import PastSection
 from longlora_cli.task_names import BUILT_IN, expand, is_from_files, unknown_task
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Share
 
@@ -178,7 +178,7 @@ class TrainConfig(EngineSection, OptimSection, BeaconSection, AdapterSection, Ro
         return self
 
 
-class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, CacheSection, ModelSection):
+class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, PastSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -350,7 +350,7 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, C
         return self
 
 
-class ChatConfig(CacheSection, ModelSection):
+class ChatConfig(PastSection, ModelSection):
     """Talk with a base model or a run about long documents."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")

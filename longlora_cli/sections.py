@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from longlora_cli.presets import PRESETS
 from longlora_cli.section import Section, setting
-from longlora_cli.values import KvBits, Length, Names, Paths, Size, parse_length
+from longlora_cli.values import Length, Names, Paths, Size, parse_length
 
 CHAT_TEMPLATE_HELP = (
     "Chat template: auto (the tokenizer's own; a run's as it was trained), llama-2, llama-3, mistral, qwen or "
@@ -57,25 +57,6 @@ class RopeSection(Section):
         self.needs("rope_theta", self.rope == "theta", "it belongs to --rope theta")
         if self.rope_factor is not None and self.rope_theta is not None:
             raise ValueError("--rope-factor and --rope-theta both set the base frequency; give one")
-        return self
-
-
-class CacheSection(RopeSection):
-    """How what was read is kept for answers."""
-
-    kv_bits: KvBits = setting(
-        16, "Bits of a number in keys and values: 16 (the model's own format), or 8 or 4 from 256 tokens on."
-    )
-    prefill_chunk: Length = setting(4096, "Most tokens read at one time before answering.", ge=1)
-
-    @model_validator(mode="after")
-    def _quantized_keys_are_read_in_blocks(self) -> CacheSection:
-        if self.kv_bits != 16:
-            if self.rope == "dynamic":
-                raise ValueError(
-                    f"--kv-bits {self.kv_bits} and --rope dynamic, which reads each text at once"
-                )
-            self.needs("prefill_chunk", self.prefill_chunk < 256, "--kv-bits reads in blocks of 256 tokens")
         return self
 
 

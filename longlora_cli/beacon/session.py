@@ -8,7 +8,7 @@ they are packed, never padded, and each equals a session of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -21,7 +21,7 @@ from longlora_cli.beacon.projections import projections_of, refuse_model
 from longlora_cli.beacon.ratios import RatioSource
 from longlora_cli.beacon.rotation import frequencies
 from longlora_cli.beacon.settings import BeaconSettings
-from longlora_cli.beacon.windows import Cursor, WindowStep, next_step
+from longlora_cli.beacon.windows import Cursor, WindowStep, closing, layout, next_step
 from longlora_cli.errors import IncompatibleError, NumericError, SettingsError
 from longlora_cli.models.loading import LoadedModel
 
@@ -190,6 +190,52 @@ class BeaconSession:
         twin._ratios = self._ratios.fork()
         twin._generator = twin._ratios.generator
         return twin
+
+    def rewinds_to(self, tokens: int) -> int:
+        """How many tokens are left when at most the first `tokens` are kept as if no more had been fed.
+
+        Within the open window every token can be gone back to. Of a closed window raw keys and values are gone: it is
+        kept as a whole or forgotten as a whole, and with a stride below the window all are forgotten, since what
+        stayed raw from the window before is gone too.
+        """
+        if tokens >= self._open_from():
+            return min(tokens, self.cursors[0].tokens)
+        hop = self.settings.hop
+        return tokens // hop * hop if hop == self.settings.window else 0
+
+    def _open_from(self) -> int:
+        """Tokens that were fed when the open window began."""
+        cursor = self.cursors[0]
+        stayed = self.settings.window - self.settings.hop if cursor.windows else 0
+        return cursor.tokens - (cursor.filled - stayed)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget what was fed after the first `tokens`, a number that `rewinds_to` gives. Ratios stay as drawn.
+
+        Raises:
+            SettingsError: Another number, or a batch.
+        """
+        row, cursor = self._rows[0], self.cursors[0]
+        if self._batched or self.rewinds_to(tokens) != tokens:
+            raise SettingsError(f"a session of {cursor.tokens} tokens cannot go back to {tokens}")
+        if tokens >= self._open_from():
+            after = replace(cursor, tokens=tokens, filled=cursor.filled - (cursor.tokens - tokens))
+        else:
+            after = self._beginning(tokens // self.settings.hop)
+        held = after.memory
+        if after.filled:
+            held += layout(self.settings, self._ratios.of_window(after.windows)).rows(after.filled)
+        memory = self._memory.first(held)
+        self._memory, self._rows = memory, [_Row(after, row.ratios[: after.windows])]
+        self._ids = [self._ids[0][:tokens]]
+
+    def _beginning(self, number: int) -> Cursor:
+        """Where the sequence stood when a window began, of windows that do not overlap."""
+        kept = (
+            len(closing(self.settings, ratio, sink=0 if window else self.settings.sink).keep)
+            for window, ratio in enumerate(self._rows[0].ratios[:number])
+        )
+        return Cursor(number * self.settings.hop, sum(kept), 0, number)
 
     def stats(self) -> BeaconStats:
         """What is held now."""

@@ -94,6 +94,7 @@ class Chat:
         answer = self.answer(prompt)
         if answer.finish == "interrupted":
             raise Interrupted(f"interrupted after {len(answer.ids):,} tokens")
+        past = self.session.past
         return {
             "text": answer.text,
             "finish": answer.finish,
@@ -101,7 +102,8 @@ class Chat:
             "new_tokens": len(answer.ids),
             "reused_tokens": answer.reused_tokens,
             "context_length": self.session.context_length,
-            "kv_bits": self.session.past.kv_bits,
+            "kv_bits": past.kv_bits,
+            "beacon": None if past.beacon is None else past.beacon.to_json(),
             "kv_bytes": answer.kv_bytes,
             "kv_divergence": None if self.divergence is None else asdict(self.divergence),
             "timings": {
@@ -159,6 +161,8 @@ class Chat:
     def kv_note(self) -> str:
         """Bits of keys and values where they are not the model's own, and what they change."""
         bits, found = self.session.past.kv_bits, self.divergence
+        if self.session.past.beacon is not None:
+            return f"; {self.session.past.describe()}"
         if bits == FULL_BITS:
             return ""
         if found is None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from longlora_cli import __version__
+from longlora_cli.beacon.loading import load_model
 from longlora_cli.commands import eval_compare
 from longlora_cli.commands.eval_audits import (
     audits_of,
@@ -50,8 +51,7 @@ from longlora_cli.evaluation.sharding import Shard
 from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
 from longlora_cli.evaluation.train_overlap import open_train_data
-from longlora_cli.generation.past import past_of
-from longlora_cli.models.loading import LoadedModel, load_model
+from longlora_cli.models.loading import LoadedModel
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
 from longlora_cli.parallel.mesh import Mesh
@@ -90,9 +90,9 @@ def _run(
     overlap = look_at_training(plan, training, console) if whole else []
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
-    live = look_at(loaded, rope=config.rope, chat_template=config.chat_template)
+    live = look_at(loaded, plan.past, rope=config.rope, chat_template=config.chat_template)
     started = time.perf_counter()
-    identity = model_identity(loaded) | past_of(config).to_json()
+    identity = model_identity(loaded) | plan.past.to_json()
     plan, dropped = paced(loaded, plan, mesh, console)
     try:
         if shard is not None:
@@ -170,7 +170,7 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
 
 
 def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
-    readable = readable_tokens(loaded, plan.config.rope)
+    readable = plan.past.readable(readable_tokens(loaded, plan.config.rope))
     if plan.longest > readable:
         console.warn(
             f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
@@ -190,7 +190,7 @@ def _answer_share(
 def _measure(
     loaded: LoadedModel, plan: EvalPlan, journal: Journal, identity: Any, console: Console
 ) -> dict[str, TaskResult]:
-    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk, past=past_of(plan.config))
+    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk, past=plan.past)
     found: dict[str, TaskResult] = {}
     shares = journal.shard.count if journal.shard is not None else 1
 

@@ -10,7 +10,6 @@ from longlora_cli.errors import SettingsError
 from longlora_cli.evaluation.estimate import PROBE_NEW_TOKENS, PROBE_TOKENS, Pace, pace_of
 from longlora_cli.evaluation.plan import EvalPlan
 from longlora_cli.evaluation.readings import readings
-from longlora_cli.generation.past import past_of
 from longlora_cli.generation.session import Session
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.parallel.mesh import Mesh
@@ -68,7 +67,7 @@ def _decide(pace: Pace, plan: EvalPlan, processes: int) -> tuple[dict[str, float
 def measure_pace(loaded: LoadedModel, plan: EvalPlan) -> Pace:
     """Read one prompt of at most 4,096 tokens (512 on a CPU) and a few new tokens, after a short one that warms up."""
     tokens = min(PROBE_TOKENS if loaded.device.type == "cuda" else _CPU_TOKENS, plan.longest)
-    session = Session(loaded, prefill_chunk=plan.config.prefill_chunk, past=past_of(plan.config))
+    session = Session(loaded, prefill_chunk=plan.config.prefill_chunk, past=plan.past)
     vocabulary = loaded.facts.vocabulary
 
     def say(count: int) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.errors import IncompatibleError, LongLoRAError
 from longlora_cli.evaluation.audits import Audit, audit
+from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.models import rope as positions
 from longlora_cli.models.adapter_tensors import open_adapter
 from longlora_cli.models.layout import open_base
@@ -66,11 +67,12 @@ def readable_tokens(loaded: LoadedModel, rope: str) -> int:
     return loaded.rope.max_position_embeddings if rope != "keep" else loaded.own_length
 
 
-def look_at(loaded: LoadedModel, *, rope: str, chat_template: str) -> Live:
+def look_at(loaded: LoadedModel, past: Past = PLAIN, *, rope: str, chat_template: str) -> Live:
     """Look at a model before it is asked anything; later some positions change with the text.
 
     Args:
         loaded: The model.
+        past: How it keeps what it has read.
         rope: How positions were asked to be stretched.
         chat_template: How the template was chosen.
     """
@@ -81,7 +83,7 @@ def look_at(loaded: LoadedModel, *, rope: str, chat_template: str) -> Live:
     except IncompatibleError as error:
         fault = error.message
     return Live(
-        readable_tokens(loaded, rope),
+        past.readable(readable_tokens(loaded, rope)),
         loaded.rope.describe(),
         deviation,
         fault,
@@ -90,6 +92,7 @@ def look_at(loaded: LoadedModel, *, rope: str, chat_template: str) -> Live:
             _quantization(loaded),
             _adapter(loaded),
             audit("Attention", loaded.causal_lm.config._attn_implementation, None),
+            audit("What was read is kept as", past.describe(), None),
         ],
     )
 

@@ -21,7 +21,6 @@ from longlora_cli.evaluation.perplexity_tables import summarize
 from longlora_cli.evaluation.plan import EvalPlan
 from longlora_cli.evaluation.texts import Text
 from longlora_cli.evaluation.windows import Reading, Window, blocks
-from longlora_cli.generation.past import past_of
 from longlora_cli.models.loading import LoadedModel
 
 # Tokens read between two rows of the journal: what a kill may cost. 65,536 are seconds on a GPU.
@@ -55,7 +54,7 @@ def measure_perplexity(
 ) -> TaskResult:
     """Score the plan's texts; `advance` is called with losses, `perplexity_plan.work_tokens` in all."""
     config = plan.config
-    reading = reading_of(config, plan.texts)
+    reading = reading_of(config, plan.texts, plan.past)
     kept = _Kept(journal, identity, advance)
     found, samples = [], []
     texts = list(journal.share(plan.texts))
@@ -151,7 +150,7 @@ def _window_sums(
 
         def make(block: list[Window] = block) -> Row:
             found = []
-            for _, losses in read_windows(loaded, tokens, block, chunk=chunk, past=past_of(plan.config)):
+            for _, losses in read_windows(loaded, tokens, block, chunk=chunk, past=plan.past):
                 found.append([float(losses.sum(dtype=np.float64)), len(losses)])
                 kept.advance(len(losses))
             return {"windows": found}

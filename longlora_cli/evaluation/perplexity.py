@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longlora_cli.evaluation.windows import Reading, Window
+from longlora_cli.generation.beacon_reader import read_hidden
 from longlora_cli.generation.cache import depends_on_length, new_cache, pieces
 from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.memory.loss import IGNORE, token_losses
@@ -80,13 +81,16 @@ def window_losses(
         rows: Token ids `[windows, tokens]`, on any device.
         first: For each window the first token (from 1) whose loss is wanted.
         chunk: Most tokens in one forward; a longer window is read in pieces against a cache.
-        past: How what was read is kept. A quantized cache is read in its blocks whatever the chunk, so that each
-            token sees what an answer at its place would see.
+        past: How what was read is kept. A quantized cache is read in its blocks whatever the chunk and beacons in
+            their windows, so that each token sees what an answer at its place would see.
 
     Returns:
         `[windows, tokens]` on the CPU, float32 (float64 for a float64 model); column `i` is the loss of token
         `i`, 0 where it was not asked for.
     """
+    if past.beacon is not None and len(rows) > 1:  # a session reads one text
+        alone = zip(rows.split(1), first, strict=True)
+        return torch.cat([window_losses(loaded, row, [one], chunk=chunk, past=past) for row, one in alone])
     count, tokens = rows.shape
     rows = rows.to(loaded.device)
     labels = torch.full((count, tokens), IGNORE, device=loaded.device)
@@ -104,7 +108,11 @@ def window_losses(
         hidden = loaded.hidden(rows[:, :-1], use_cache=False).last_hidden_state
         losses = losses_of(hidden, slice(0, tokens - 1))
     else:
-        parts = _read_in_pieces(loaded, rows[:, :-1], chunk, new_cache(past.kv_bits))
+        parts = (
+            read_hidden(loaded, past.beacon, rows[0, :-1].tolist())
+            if past.beacon is not None
+            else _read_in_pieces(loaded, rows[:, :-1], chunk, new_cache(past.kv_bits))
+        )
         losses = torch.cat([losses_of(hidden, piece) for hidden, piece in parts], dim=1)
     return torch.cat([losses.new_zeros(count, 1), losses], dim=1)
 

@@ -20,6 +20,7 @@ from longlora_cli.evaluation.tasks.prompts import question_of
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.texts import Text, read_haystack, read_texts
+from longlora_cli.generation.past import PLAIN, Past, past_of
 from longlora_cli.models.source import own_length, resolve
 from longlora_cli.task_names import SYNTHETIC, expand, is_from_files
 
@@ -39,6 +40,7 @@ class EvalPlan:
         rows: Questions of `generate`.
         haystack: Of passkey, needle and synthetic tasks.
         files: Tasks that are read from files; None without them.
+        past: How the model keeps what it has read.
     """
 
     config: EvalConfig
@@ -47,6 +49,7 @@ class EvalPlan:
     rows: list[Question] = field(default_factory=list)
     haystack: Haystack | None = None
     files: FilePlan | None = None
+    past: Past = PLAIN
 
     @property
     def tasks(self) -> list[str]:
@@ -203,8 +206,9 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
     check_texts(config, texts)
     hides = bool(tasks & {passkey.TASK, needle.TASK, *SYNTHETIC})
     haystack = read_haystack(config.haystack, split=config.split) if hides else None
-    files = plan_files(config, tokenizer, _readable(config)) if config.file_tasks else None
-    plan = EvalPlan(config, tokenizer, texts, questions, haystack, files)
+    past = PLAIN if config.make else past_of(config, resolve(config.model, config.adapter))
+    files = plan_files(config, tokenizer, _readable(config, past)) if config.file_tasks else None
+    plan = EvalPlan(config, tokenizer, texts, questions, haystack, files, past)
     plan.check_lengths()
     _refuse_beyond(plan)
     return plan
@@ -215,7 +219,7 @@ def _refuse_beyond(plan: EvalPlan) -> None:
     config = plan.config
     if config.make or config.beyond or config.rope != "keep":
         return
-    readable = _readable(config)
+    readable = _readable(config, plan.past)
     if plan.longest > readable:
         raise SettingsError(
             f"up to {plan.longest:,} tokens would be read, {config.model} is made for {readable:,}",
@@ -224,10 +228,11 @@ def _refuse_beyond(plan: EvalPlan) -> None:
         )
 
 
-def _readable(config: EvalConfig) -> int:
-    """Tokens of prompt and answer: what a run was trained for, else the base's own length."""
+def _readable(config: EvalConfig, past: Past) -> int:
+    """Tokens of prompt and answer: what a run was trained for, else the base's own length, as much as beacons hold."""
     source = resolve(config.model, config.adapter)
-    return own_length(source.base) if source.record is None else source.record.context_length
+    own = own_length(source.base) if source.record is None else source.record.context_length
+    return past.readable(own)
 
 
 def _read_rows(paths: list[Path], max_samples: int | None, tokenizer: Any) -> list[Question]:

@@ -1,11 +1,15 @@
-"""How what a model has read is kept."""
+"""How what a model has read is kept: every token's keys and values, fewer bits of them, or beacons in their place."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from longlora_cli.sections import CacheSection
+from longlora_cli.beacon.settings import BeaconSettings
+from longlora_cli.beacon.windows import capacity
+from longlora_cli.errors import SettingsError
+from longlora_cli.models.source import ModelSource
+from longlora_cli.sections_past import PastSection
 
 FULL_BITS = 16
 """The value of `--kv-bits` that keeps keys and values in the model's own number format."""
@@ -17,19 +21,85 @@ class Past:
 
     Args:
         kv_bits: Bits of a key's or value's number: 16 (the model's own format), 8 or 4.
+        beacon: How windows are compressed; None: they are not.
     """
 
     kv_bits: int = FULL_BITS
+    beacon: BeaconSettings | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What decides an answer besides the model; empty for a plain cache."""
-        return {} if self.kv_bits == FULL_BITS else {"kv_bits": self.kv_bits}
+        found: dict[str, Any] = {} if self.kv_bits == FULL_BITS else {"kv_bits": self.kv_bits}
+        return found if self.beacon is None else found | {"beacon": self.beacon.to_json()}
 
+    def describe(self) -> str:
+        """A few words for people."""
+        if self.beacon is None:
+            own = "the model's number format" if self.kv_bits == FULL_BITS else f"{self.kv_bits} bits"
+            return f"keys and values of every token in {own}"
+        ratios = ", ".join(f"x{ratio}" if ratio else "none (x0)" for ratio in self.beacon.ratios)
+        mix = "" if len(self.beacon.ratios) == 1 else f" ({self.beacon.ratio_mix})"
+        return f"beacons {ratios}{mix} of windows of {self.beacon.window:,} tokens"
 
-def past_of(section: CacheSection) -> Past:
-    """How the settings of a command want it."""
-    return Past(kv_bits=section.kv_bits)
+    def readable(self, limit: int) -> int:
+        """Tokens of prompt and answer that fit a model of `limit` positions."""
+        if self.beacon is None:
+            return limit
+        sizes = [capacity(ratio, self.beacon, limit) for ratio in self.beacon.ratios]
+        return max(sizes) if self.beacon.reserve is not None else min(sizes)
 
 
 PLAIN = Past()
 """Keys and values of every token as the model makes them."""
+
+
+def past_of(section: PastSection, source: ModelSource) -> Past:
+    """How the settings of a command want it, for a model that was found and not loaded yet.
+
+    A run with beacons reads with them, at its largest ratio unless another is asked for.
+
+    Raises:
+        SettingsError: Beacons are asked of a model without them, or something that they cannot be had with.
+        IntegrityError: The run's record of its beacons is damaged.
+    """
+    trained = _trained(source)
+    if trained is None and not section.asks_for_beacons:
+        return Past(kv_bits=section.kv_bits)
+    asked = tuple(section.beacon_ratio)
+    if trained is None and set(asked) != {0}:
+        raise SettingsError(
+            f"{source.base if source.adapter is None else source.adapter} has no beacons",
+            rule="They are trained: only --beacon-ratio 0, which keeps every token, needs none.",
+            hint="Train some with longlora train --beacon, or leave the beacon settings out.",
+        )
+    base = trained or BeaconSettings()
+    settings = replace(
+        base,
+        ratios=asked or (max(base.ratios),),
+        ratio_mix=section.beacon_ratio_mix,
+        parallel=section.beacon_parallel_window,
+    )
+    try:
+        settings.validate()
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    _refuse_beside(section)
+    return Past(beacon=settings)
+
+
+def _trained(source: ModelSource) -> BeaconSettings | None:
+    if source.beacons is None:
+        return None
+    from longlora_cli.beacon.weights import read_record
+
+    return read_record(source.beacons)[0]
+
+
+def _refuse_beside(section: PastSection) -> None:
+    """What a run's own beacons leave without effect; where beacons are asked for the settings refuse it."""
+    if section.kv_bits != FULL_BITS:
+        raise SettingsError(
+            f"--kv-bits {section.kv_bits} has no effect here: keys and values of beacons are kept whole"
+        )
+    if section.given("prefill_chunk"):
+        raise SettingsError("--prefill-chunk has no effect here: beacons read window by window")

@@ -62,14 +62,15 @@ def prefill(
     except BaseException:
         crop(cache, exact_length(cache, done))
         raise
-    return _logits(loaded, hidden)
+    assert hidden is not None  # there was at least one piece
+    return next_logits(loaded, hidden)
 
 
 @torch.no_grad()
 def step(loaded: LoadedModel, token: int, cache: Any) -> Tensor:
     """Run one token after what `cache` holds; logits of the next one, `[vocabulary]`."""
     ids = torch.tensor([[token]], device=loaded.device)
-    return _logits(loaded, _run(loaded, ids, cache, cache_length(cache)))
+    return next_logits(loaded, _run(loaded, ids, cache, cache_length(cache)))
 
 
 def _run(loaded: LoadedModel, ids: Tensor, cache: Any, past: int) -> Tensor:
@@ -79,8 +80,12 @@ def _run(loaded: LoadedModel, ids: Tensor, cache: Any, past: int) -> Tensor:
     return hidden[0, -1]
 
 
-def _logits(loaded: LoadedModel, hidden: Tensor | None) -> Tensor:
-    assert hidden is not None
+def next_logits(loaded: LoadedModel, hidden: Tensor) -> Tensor:
+    """Logits `[vocabulary]` of the token after the one with this last hidden state `[width]`.
+
+    Raises:
+        NumericError: They are not finite numbers.
+    """
     weight = loaded.head_weight()
     logits = nn.functional.linear(hidden.to(weight.dtype), weight)
     if not bool(torch.isfinite(logits).all()):

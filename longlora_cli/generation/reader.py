@@ -1,7 +1,7 @@
 """What a session reads with: something that holds the past of one text and goes on from it.
 
-`CacheReader` holds keys and values of every token. The seam is narrow on purpose: answers, likelihoods and
-conversations do not know how the past is held.
+`CacheReader` holds keys and values of every token, `BeaconReader` compresses them. The seam is narrow on purpose:
+answers, likelihoods and conversations do not know how the past is held.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from longlora_cli.generation.cache import (
     exact_length,
     new_cache,
 )
-from longlora_cli.generation.past import FULL_BITS
+from longlora_cli.generation.past import FULL_BITS, Past
 from longlora_cli.generation.prefill import Advance, prefill, step
-from longlora_cli.models.loading import LoadedModel
-
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+from longlora_cli.models.loading import LoadedModel, ModelFacts
 
 
 class Reader(Protocol):
-    """The past of one text, and how it goes on."""
+    """The past of one text, and how it goes on.
+
+    Attributes:
+        reused: Tokens of the text that was read last which were held already.
+    """
+
+    reused: int
 
     @property
     def ids(self) -> list[int]:
@@ -39,10 +43,6 @@ class Reader(Protocol):
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values held now."""
-        ...
-
-    def kv_bytes_for(self, tokens: int) -> int:
-        """Bytes of keys and values that so many tokens will take; known before they are run."""
         ...
 
     def reusable(self, ids: Sequence[int]) -> int:
@@ -80,6 +80,38 @@ def common_prefix(held: Sequence[int], asked: Sequence[int]) -> int:
     return common
 
 
+def open_reader(loaded: LoadedModel, past: Past, *, prefill_chunk: int) -> Reader:
+    """What reads so that the past is kept as wanted.
+
+    Raises:
+        SettingsError, IncompatibleError: The model's past cannot be kept so.
+    """
+    if past.beacon is None:
+        return CacheReader(loaded, prefill_chunk=prefill_chunk, kv_bits=past.kv_bits)
+    from longlora_cli.generation.beacon_reader import BeaconReader
+
+    return BeaconReader(loaded, past.beacon)
+
+
+def held_bytes_for(
+    past: Past, facts: ModelFacts, tokens: int, *, element_bytes: int, context_length: int
+) -> int:
+    """Bytes of keys and values that so many tokens will take; known before they are run, and before weights are loaded.
+
+    Args:
+        past: How what was read is kept.
+        facts: Sizes of the decoder.
+        tokens: How many are held.
+        element_bytes: Bytes of a number in the model's own format.
+        context_length: Positions of the model.
+    """
+    if past.beacon is None:
+        return cache_bytes_for(facts, tokens, element_bytes=element_bytes, kv_bits=past.kv_bits)
+    from longlora_cli.generation.beacon_reader import beacon_bytes_for
+
+    return beacon_bytes_for(facts, tokens, past.beacon, element_bytes=element_bytes, limit=context_length)
+
+
 class CacheReader:
     """A key/value cache and the exact ids in it.
 
@@ -94,6 +126,7 @@ class CacheReader:
 
     def __init__(self, loaded: LoadedModel, *, prefill_chunk: int, kv_bits: int = FULL_BITS) -> None:
         check_kv_bits(loaded, kv_bits)
+        self.reused = 0
         self._loaded, self._chunk, self._kv_bits = loaded, prefill_chunk, kv_bits
         self._cache = new_cache(kv_bits)
         # Always what the cache holds or is about to hold, so that `ids` is right wherever an interruption
@@ -110,15 +143,6 @@ class CacheReader:
         """Bytes of keys and values held now."""
         return cache_bytes(self._cache)
 
-    def kv_bytes_for(self, tokens: int) -> int:
-        """Bytes of keys and values that so many tokens will take; known before they are run."""
-        return cache_bytes_for(
-            self._loaded.facts,
-            tokens,
-            element_bytes=_ELEMENT_BYTES[self._loaded.dtype],
-            kv_bits=self._kv_bits,
-        )
-
     def reusable(self, ids: Sequence[int]) -> int:
         """How many of these tokens need not be run: the common prefix, or what a quantized cache has whole of it."""
         if depends_on_length(self._loaded):
@@ -131,13 +155,14 @@ class CacheReader:
 
     def read(self, ids: Sequence[int], advance: Advance | None = None) -> Tensor:
         """Read a text of which the beginning may be held already; logits `[vocabulary]` of what follows."""
-        reused = self.reusable(ids)
-        if reused == 0:
+        self.reused = self.reusable(ids)
+        if self.reused == 0:
             self.clear()  # and free the old one before the new one grows
         else:
-            crop(self._cache, reused)
+            crop(self._cache, self.reused)
         self._ids = list(ids)
-        return prefill(self._loaded, self._ids[reused:], self._cache, chunk=self._chunk, advance=advance)
+        new = self._ids[self.reused :]
+        return prefill(self._loaded, new, self._cache, chunk=self._chunk, advance=advance)
 
     def step(self, token: int) -> Tensor:
         """Read one token more; logits `[vocabulary]` of the next."""

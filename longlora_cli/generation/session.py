@@ -19,10 +19,12 @@ from longlora_cli.data.chat_template import end_token_id
 from longlora_cli.errors import SettingsError
 from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.generation.prefill import Advance
-from longlora_cli.generation.reader import CacheReader, Reader
+from longlora_cli.generation.reader import Reader, held_bytes_for, open_reader
 from longlora_cli.generation.sampling import Sampler, greedy
 from longlora_cli.generation.text_stream import TextStream
 from longlora_cli.models.loading import LoadedModel
+
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 Finish = Literal["eos", "length", "interrupted"]
 OnToken = Callable[[int, str], None]
@@ -97,7 +99,7 @@ class Session:
     Args:
         loaded: The model; several sessions may share it when its positions do not depend on the length.
         prefill_chunk: Tokens of a prompt run at one time.
-        context_length: Most tokens of prompt and answer; default: the model's.
+        context_length: Most tokens of prompt and answer; default: what fits the model's positions.
         past: How what was read is kept.
 
     Raises:
@@ -114,8 +116,8 @@ class Session:
     ) -> None:
         self.loaded = loaded
         self.past = past
-        self.context_length = context_length or loaded.context_length
-        self._reader: Reader = CacheReader(loaded, prefill_chunk=prefill_chunk, kv_bits=past.kv_bits)
+        self.context_length = context_length or past.readable(loaded.context_length)
+        self._reader: Reader = open_reader(loaded, past, prefill_chunk=prefill_chunk)
 
     @property
     def ids(self) -> list[int]:
@@ -129,7 +131,13 @@ class Session:
 
     def kv_bytes_for(self, tokens: int) -> int:
         """Bytes of keys and values that this many tokens will take; known before they are run."""
-        return self._reader.kv_bytes_for(tokens)
+        return held_bytes_for(
+            self.past,
+            self.loaded.facts,
+            tokens,
+            element_bytes=_ELEMENT_BYTES[self.loaded.dtype],
+            context_length=self.loaded.context_length,
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -181,12 +189,11 @@ class Session:
         if not allow_beyond:
             refuse_overflow(len(ids), max_new_tokens, self.context_length)
         run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token)
-        reused = self.reusable(ids)
         try:
             self._say(run, ids, advance)
         except KeyboardInterrupt:
             run.finish = "interrupted"
-        return run.result(prompt_tokens=len(ids), reused_tokens=reused, kv_bytes=self.kv_bytes)
+        return run.result(prompt_tokens=len(ids), reused_tokens=self._reader.reused, kv_bytes=self.kv_bytes)
 
     def log_likelihoods(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
         """Natural logarithm of the probability of each continuation after `ids`, which are read once.
