@@ -169,7 +169,8 @@ def _train(
         run_folder.note(status="finished", step=result["steps"], exit_code=0, result=result)
         with atomic_folder(run_folder.adapter, "adapter", {"step": result["steps"]}) as staging:
             save_trained(loaded, record, staging)
-        console.print(f"trained {result['steps']} steps; the adapter is in {run_folder.adapter}")
+        what = "adapter is" if loaded.beacons is None else "beacons are"
+        console.print(f"trained {result['steps']} steps; the {what} in {run_folder.adapter}")
     mesh.barrier()
     return {"run": str(config.out), "finished": True, **result}
 

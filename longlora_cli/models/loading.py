@@ -163,31 +163,23 @@ def load_model(
         IncompatibleError: Positions cannot be verified, an adapter does not fit, or beacons are of another base.
         NumericError: From `fold`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = resolve(section.model, adapter)
+    folder = base_folder(source.base)
+    _refuse_other_base(source, folder)
     if source.beacons is not None and not with_beacons:
         raise IncompatibleError(
             f"{source.adapter} has beacons, which this cannot read",
             hint="Load it with longlora_cli.beacon.loading.load_model.",
         )
-    folder = base_folder(source.base)
-    _refuse_other_base(source, folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     facts, own = ModelFacts.of(config), RopeRecord.of(config)
     record = _positions(source, own, rope, context_length, facts)
     record.apply(config)
     device, dtype = choose_device(section.device), choose_dtype(section)
     quantization = choose_quantization(section, source, folder, training=training)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=DTYPES[dtype],
-        attn_implementation=attention_name(section.attention, device),
-        quantization_config=_quantizer(quantization, DTYPES[dtype]),
-        device_map={"": device},
-        trust_remote_code=False,
-    )
+    model = _read_weights(folder, config, section.attention, device, DTYPES[dtype], quantization)
     keep_layout(model)
     positions.verify(model, record, facts.head_dim)
     model.config.use_cache = False  # caches are made where they are used; a default one would leak
@@ -203,6 +195,27 @@ def load_model(
         model.eval()
     return LoadedModel(
         model, tokenizer, source, record, facts, device, dtype, quantization, own.max_position_embeddings
+    )
+
+
+def _read_weights(
+    folder: Path,
+    config: Any,
+    attention: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str,
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention_name(attention, device),
+        quantization_config=_quantizer(quantization, dtype),
+        device_map={"": device},
+        trust_remote_code=False,
     )
 
 

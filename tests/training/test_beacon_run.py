@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -100,7 +102,7 @@ def test_beacons_alone_lower_the_loss_and_leave_a_whole_run_without_a_low_rank_a
 ) -> None:
     result = run(command, out=tmp_path / "r", steps=40, batch_size=4, learning_rate=1e-2)
     found = losses(tmp_path / "r")
-    assert sum(found[-5:]) < sum(found[:5]) - 1.0
+    assert sum(found[-5:]) < sum(found[:5]) - 0.5
     verify_folder(tmp_path / "r" / "adapter", "adapter")
     assert not (tmp_path / "r" / LOW_RANK).exists()
     tensors = load_file(tmp_path / "r" / BEACONS)
@@ -228,7 +230,7 @@ def test_padding_changes_neither_loss_nor_gradient(command: dict[str, Any]) -> N
     apart = sum(objective(**collate([d], pad_id=7), num_items_in_batch=1)["loss"] for d in documents)
     assert isinstance(apart, torch.Tensor)
     apart.backward()
-    assert float(together) == pytest.approx(float(apart), rel=1e-6)
+    assert together.item() == pytest.approx(apart.item(), rel=1e-6)
     for one, other in zip(
         gradients, (p.grad for p in objective.parameters() if p.grad is not None), strict=True
     ):
@@ -253,16 +255,12 @@ def test_every_beacon_weight_gets_a_gradient_in_every_step(command: dict[str, An
     assert [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def peak_bytes(loaded: loading.LoadedModel, config: TrainConfig, tokens: int, loss_tile: int) -> int:
-    """Most bytes that tensors made in a training step take at one time, by torch's own account of its CPU allocator."""
+def peak_bytes(step: Callable[[], torch.Tensor]) -> int:
+    """Most bytes that tensors made in a step and its backward pass take at one time, by torch's own account."""
     from torch.profiler import ProfilerActivity, profile
 
-    settings = settings_of(config)
-    assert settings is not None
-    ids = torch.arange(tokens)[None] % 500
-    objective = BeaconObjective(loaded, settings, seed=0, step=lambda: 0, tile_tokens=loss_tile)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        objective(ids, ids.clone(), [[tokens]])["loss"].backward()
+        step().backward()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -271,26 +269,42 @@ def peak_bytes(loaded: loading.LoadedModel, config: TrainConfig, tokens: int, lo
     return peak
 
 
-def test_a_longer_document_takes_more_memory_only_for_its_beacons(command: dict[str, Any]) -> None:
-    """Windows are computed again in the backward pass, and logits exist for a tile: so 512 windows' tokens more take
-    what their beacons take. Keeping activations took 30 times that.
+def test_a_longer_document_takes_little_more_memory(command: dict[str, Any]) -> None:
+    """Windows are computed again in the backward pass: what 128 more of them take is their beacons, and one window's
+    attention to these: 2.6 MB, and 98 MB with all activations kept.
     """
-    config = TrainConfig(**{**command, "beacon_ratio": [8], "beacon_window": 64}, out="x")
-    loaded = train_ready(config)
-    short, long = (peak_bytes(loaded, config, tokens, 32) for tokens in (2048, 8192))
-    beacons_bytes = (
-        (8192 - 2048) // 8 * 2 * 2 * 2 * 16 * 4
-    )  # 2 layers, keys and values, 2 heads of 16, float32
-    assert long - short < 6 * beacons_bytes  # memory is put together and its gradient too, a few times over
-    whole = peak_bytes(loaded, config, 2048, 2048) - short
-    assert whole == pytest.approx(0, abs=0.2 * short)  # a window is the largest tile there is
+    config = TrainConfig(**{**command, "beacon_ratio": [8], "beacon_window": 32}, out="x")
+    loaded, settings = train_ready(config), settings_of(config)
+    assert settings is not None
+    objective = BeaconObjective(loaded, settings, seed=0, step=lambda: 0, tile_tokens=32)
+
+    def trained(tokens: int) -> int:
+        ids = torch.arange(tokens)[None] % 500
+        return peak_bytes(lambda: objective(ids, ids.clone(), [[tokens]])["loss"])
+
+    def kept(tokens: int) -> int:
+        ids = torch.arange(tokens)[None] % 500
+        whole = partial(window_losses, loaded.causal_lm, settings, ids, ids, tile_tokens=32, recompute=False)
+        return peak_bytes(lambda: whole()[0])
+
+    growth, growth_kept = trained(5120) - trained(1024), kept(5120) - kept(1024)
+    assert growth < growth_kept / 20
 
 
-def test_a_larger_loss_tile_takes_more_memory(command: dict[str, Any]) -> None:
-    config = TrainConfig(**{**command, "beacon_ratio": [8], "beacon_window": 1024}, out="x")
-    loaded = train_ready(config)
-    small, large = (peak_bytes(loaded, config, 2048, tile) for tile in (32, 1024))
-    assert large - small > 0.5 * 1024 * 512 * 4
+def test_logits_exist_a_tile_at_a_time(
+    command: dict[str, Any], tmp_path: Path, tiny_tokenizer_folder: Path
+) -> None:
+    (tmp_path / "wide").mkdir()
+    model = make_tiny_model(tmp_path / "wide", tiny_tokenizer_folder, vocab_size=16384)
+    config = TrainConfig(**{**command, "model": str(model), "beacon_window": 256}, out="x")
+    loaded, settings = train_ready(config), settings_of(config)
+    assert settings is not None
+    ids = torch.arange(512)[None]
+    peaks = []
+    for tile in (32, 256):
+        objective = BeaconObjective(loaded, settings, seed=0, step=lambda: 0, tile_tokens=tile)
+        peaks.append(peak_bytes(lambda called=objective: called(ids, ids.clone(), [[512]])["loss"]))
+    assert peaks[1] - peaks[0] > 0.8 * (256 - 32) * 16384 * 4
 
 
 def test_a_run_is_loaded_back_as_it_was_trained(command: dict[str, Any], tmp_path: Path) -> None:
@@ -412,7 +426,7 @@ def test_documents_of_one_window_are_left_out_and_told(
     assert (found["documents"], found["short_documents"]) == (24, 8)
     assert (
         "8 of 32 documents are not longer than a window of 40 tokens and are left out"
-        in capsys.readouterr().err
+        in capsys.readouterr().out
     )
 
 
