@@ -95,7 +95,7 @@ class BeaconSession:
         self.reset()
 
     def _source(self) -> RatioSource:
-        return RatioSource(self.settings, generator=self._generator, limit=self.loaded.context_length)
+        return RatioSource(self.settings, generator=self._generator, limit=self.loaded.positions)
 
     def _refuse_projections(self) -> None:
         if not any(self.settings.ratios):

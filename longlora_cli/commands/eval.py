@@ -170,7 +170,7 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
 
 
 def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
-    readable = plan.past.readable(readable_tokens(loaded, plan.config.rope))
+    readable = plan.past.readable(readable_tokens(loaded, plan.config.rope), loaded.positions)
     if plan.longest > readable:
         console.warn(
             f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "

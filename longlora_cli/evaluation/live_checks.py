@@ -83,7 +83,7 @@ def look_at(loaded: LoadedModel, past: Past = PLAIN, *, rope: str, chat_template
     except IncompatibleError as error:
         fault = error.message
     return Live(
-        past.readable(readable_tokens(loaded, rope)),
+        past.readable(readable_tokens(loaded, rope), loaded.positions),
         loaded.rope.describe(),
         deviation,
         fault,

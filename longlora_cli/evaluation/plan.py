@@ -21,6 +21,7 @@ from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.texts import Text, read_haystack, read_texts
 from longlora_cli.generation.past import PLAIN, Past, past_of
+from longlora_cli.models.rope import RopeRecord
 from longlora_cli.models.source import own_length, resolve
 from longlora_cli.task_names import SYNTHETIC, expand, is_from_files
 
@@ -231,8 +232,11 @@ def _refuse_beyond(plan: EvalPlan) -> None:
 def _readable(config: EvalConfig, past: Past) -> int:
     """Tokens of prompt and answer: what a run was trained for, else the base's own length, as much as beacons hold."""
     source = resolve(config.model, config.adapter)
-    own = own_length(source.base) if source.record is None else source.record.context_length
-    return past.readable(own)
+    if source.record is None:
+        own = own_length(source.base)
+        return past.readable(own, own)
+    positions = RopeRecord.from_json(source.record.rope).max_position_embeddings
+    return past.readable(source.record.context_length, positions)
 
 
 def _read_rows(paths: list[Path], max_samples: int | None, tokenizer: Any) -> list[Question]:

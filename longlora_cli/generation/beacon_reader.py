@@ -65,7 +65,7 @@ class BeaconReader:
         reserve = self._settings.reserve
         if reserve is None or len(self._settings.ratios) == 1:
             return None
-        return adapted(tokens + reserve, self._settings, self._loaded.context_length)
+        return adapted(tokens + reserve, self._settings, self._loaded.positions)
 
     def clear(self) -> None:
         """Forget everything and free the memory."""
@@ -118,7 +118,7 @@ def read_hidden(
 
 
 def beacon_bytes_for(
-    facts: ModelFacts, tokens: int, settings: BeaconSettings, *, element_bytes: int, limit: int
+    facts: ModelFacts, tokens: int, settings: BeaconSettings, *, element_bytes: int, positions: int
 ) -> int:
     """Bytes of keys and values that so many tokens will take, by the plan's own integers.
 
@@ -127,9 +127,9 @@ def beacon_bytes_for(
         tokens: How many were read.
         settings: How windows are compressed.
         element_bytes: Bytes of a number in the model's own format.
-        limit: Positions of the model; `adapt-N` needs it.
+        positions: Of the model; `adapt-N` needs it.
     """
-    ratios = RatioSource(settings, generator=Random(_SEED), limit=limit)
+    ratios = RatioSource(settings, generator=Random(_SEED), limit=positions)
     ratios.expect(tokens)
     cursor = Cursor()
     while cursor.tokens < tokens:

@@ -41,11 +41,17 @@ class Past:
         mix = "" if len(self.beacon.ratios) == 1 else f" ({self.beacon.ratio_mix})"
         return f"beacons {ratios}{mix} of windows of {self.beacon.window:,} tokens"
 
-    def readable(self, limit: int) -> int:
-        """Tokens of prompt and answer that fit a model of `limit` positions."""
+    def readable(self, own: int, positions: int) -> int:
+        """Tokens of prompt and answer that can be read.
+
+        Args:
+            own: Tokens that the model or run was made for.
+            positions: Positions that it was built with: beacons are as many tokens as these can hold, however long the
+                texts were that trained them.
+        """
         if self.beacon is None:
-            return limit
-        sizes = [capacity(ratio, self.beacon, limit) for ratio in self.beacon.ratios]
+            return own
+        sizes = [capacity(ratio, self.beacon, positions) for ratio in self.beacon.ratios]
         return max(sizes) if self.beacon.reserve is not None else min(sizes)
 
 

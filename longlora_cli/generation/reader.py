@@ -93,9 +93,7 @@ def open_reader(loaded: LoadedModel, past: Past, *, prefill_chunk: int) -> Reade
     return BeaconReader(loaded, past.beacon)
 
 
-def held_bytes_for(
-    past: Past, facts: ModelFacts, tokens: int, *, element_bytes: int, context_length: int
-) -> int:
+def held_bytes_for(past: Past, facts: ModelFacts, tokens: int, *, element_bytes: int, positions: int) -> int:
     """Bytes of keys and values that so many tokens will take; known before they are run, and before weights are loaded.
 
     Args:
@@ -103,13 +101,13 @@ def held_bytes_for(
         facts: Sizes of the decoder.
         tokens: How many are held.
         element_bytes: Bytes of a number in the model's own format.
-        context_length: Positions of the model.
+        positions: Of the model.
     """
     if past.beacon is None:
         return cache_bytes_for(facts, tokens, element_bytes=element_bytes, kv_bits=past.kv_bits)
     from longlora_cli.generation.beacon_reader import beacon_bytes_for
 
-    return beacon_bytes_for(facts, tokens, past.beacon, element_bytes=element_bytes, limit=context_length)
+    return beacon_bytes_for(facts, tokens, past.beacon, element_bytes=element_bytes, positions=positions)
 
 
 class CacheReader:

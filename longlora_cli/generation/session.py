@@ -116,7 +116,7 @@ class Session:
     ) -> None:
         self.loaded = loaded
         self.past = past
-        self.context_length = context_length or past.readable(loaded.context_length)
+        self.context_length = context_length or past.readable(loaded.context_length, loaded.positions)
         self._reader: Reader = open_reader(loaded, past, prefill_chunk=prefill_chunk)
 
     @property
@@ -136,7 +136,7 @@ class Session:
             self.loaded.facts,
             tokens,
             element_bytes=_ELEMENT_BYTES[self.loaded.dtype],
-            context_length=self.loaded.context_length,
+            positions=self.loaded.positions,
         )
 
     @property

@@ -109,6 +109,11 @@ class LoadedModel:
         own, parameters = self.rope.max_position_embeddings, self.rope.parameters
         return int(own * parameters["factor"]) if parameters["rope_type"] == "dynamic" else own
 
+    @property
+    def positions(self) -> int:
+        """Positions it was built with: with beacons more tokens than that can be read."""
+        return self.rope.max_position_embeddings
+
     def hidden(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The decoder without its head: `[batch, tokens]` -> `last_hidden_state` `[batch, tokens, width]` and more."""
         return self.causal_lm.get_decoder()(input_ids=input_ids, **kwargs)

@@ -125,7 +125,7 @@ def test_perplexity_scores_each_token_once_and_differs_by_ratio(run, base, tmp_p
 def test_a_length_beyond_the_positions_is_read_with_beacons_and_refused_without(run, base, tmp_path):
     long = {"tasks": ["passkey"], "lengths": [2000], "depths": 1}
     assert evaluate(run, tmp_path / "beacons", **long)["tasks"]["passkey"]["n"] == 1
-    with pytest.raises(SettingsError, match="made for 256"):
+    with pytest.raises(SettingsError, match="made for 1,024"):
         evaluate(run, tmp_path / "zero", beacon_ratio=[0], **long)
 
 
