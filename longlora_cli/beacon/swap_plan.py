@@ -50,7 +50,7 @@ class ClosedWindow:
             if first >= end:
                 continue
             first, end = first // unit * unit, -(-end // unit) * unit
-            if found and first <= found[-1].end:  # two spans in the same unit, or neighbours
+            if found and first < found[-1].end:  # two spans in the same unit
                 found[-1] = Span(found[-1].start, max(end, found[-1].end))
             else:
                 found.append(Span(first, end))

@@ -122,6 +122,24 @@ def test_a_text_longer_than_the_encoder_reads_is_read_in_pieces_to_its_end(encod
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0)
 
 
+def test_the_vector_of_a_long_text_is_the_mean_of_its_pieces_weighted_by_their_tokens(
+    encoder_folder: Path,
+) -> None:
+    from transformers import AutoTokenizer, BertModel
+
+    text = TEXTS[2] * 4
+    encoder, tokenizer = DenseEncoder(encoder_folder), AutoTokenizer.from_pretrained(encoder_folder)
+    first, *inner, last = tokenizer(text)["input_ids"]
+    assert len(inner) > 30
+    model, total = BertModel.from_pretrained(encoder_folder), torch.zeros(32, dtype=torch.float64)
+    for start in range(0, len(inner), 30):
+        piece = [first, *inner[start : start + 30], last]
+        with torch.no_grad():
+            state = model(input_ids=torch.tensor([piece])).last_hidden_state[0, 0].double()
+        total += len(piece) * state / state.norm()
+    np.testing.assert_allclose(encoder.encode([text], query=False)[0], _unit(total), atol=1e-6)
+
+
 def test_max_seq_length_of_the_folder_is_kept(encoder_folder: Path, tmp_path: Path) -> None:
     folder = _copy(encoder_folder, tmp_path / "short", sentence_bert_config_json={"max_seq_length": 12})
     assert DenseEncoder(folder).longest_tokens == 12

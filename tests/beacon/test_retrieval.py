@@ -46,6 +46,7 @@ def test_merged_spans_hold_the_same_tokens_and_never_touch(spans: list[Span]) ->
 
 def test_the_best_come_first_and_of_equal_scores_the_earlier() -> None:
     assert best(np.array([1.0, 3.0, 2.0, 3.0]), 3) == [1, 3, 2]
+    assert best(np.arange(200) % 2 + 1.0, 100) == list(range(1, 200, 2))
 
 
 def test_a_key_that_shares_nothing_with_the_query_is_never_among_the_best() -> None:
