@@ -171,63 +171,74 @@ class DenseIndex:
 
 
 class Retriever:
-    """The past of one conversation as searchable text.
+    """The past of a conversation as searchable text.
+
+    What was decoded and encoded for one call is kept for the next one whose past begins with the same tokens; another
+    past is simply searched anew. So the sessions that were forked from one may share it.
 
     Args:
         tokenizer: Of the model; turns the past back into text.
         settings: How to search; its method is not `none`.
-        index: What searches; several conversations with one encoder may share the encoder, never the index.
 
     Raises:
         SettingsError: From `validate`, or the method is `none`.
         DataError: From `DenseEncoder`.
     """
 
-    def __init__(self, tokenizer: Any, settings: RetrievalSettings, index: SpanIndex | None = None) -> None:
+    def __init__(self, tokenizer: Any, settings: RetrievalSettings) -> None:
         settings.validate()
         self.settings = settings
         self._tokenizer = tokenizer
-        self._index = index or make_index(settings)
+        self._index = make_index(settings)
+        self._ids: list[int] = []  # those of full keys, whose texts cannot change
         self._texts: list[str] = []
-        self._whole = 0  # of the texts so far, those whose key was full and which cannot change
 
     def find(self, past: Sequence[int], query: str | None) -> list[Span]:
         """The spans of the past that a question is about, in order, none touching another.
 
         Args:
-            past: All token ids so far. It must begin with the past of the call before (`forget` otherwise): only what
-                was added is decoded and, by a dense encoder, encoded.
+            past: All token ids that may be found.
             query: The newest input of the user.
 
         Raises:
             SettingsError: There is no query, or nothing in the past.
         """
-        if query is None or not query.strip():
-            raise SettingsError(
-                "retrieval has no query",
-                rule="The query is the newest input of the user.",
-                hint="Ask something, or use --retrieval-method none.",
-            )
-        if len(past) == 0:
-            raise SettingsError(
-                "retrieval has no index: nothing was read before the query",
-                hint="Give a text to search, or use --retrieval-method none.",
-            )
+        refuse_no_query(query)
+        refuse_no_past(past)
         keys = key_spans(len(past), self.settings.key_length)
-        del self._texts[self._whole :]
-        for key in keys[self._whole :]:
-            self._texts.append(self._decoded(past[key.start : key.end]))
-        self._whole = len(past) // self.settings.key_length
-        self._index.update(self._texts)
-        return merged([keys[index] for index in best(self._index.scores(query), self.settings.topk)])
+        self._index.update(self._texts_of(list(past), keys))
+        scores = self._index.scores(str(query))
+        return merged([keys[index] for index in best(scores, self.settings.topk)])
 
-    def forget(self) -> None:
-        """The next past is another one."""
-        self._texts, self._whole = [], 0
+    def _texts_of(self, past: list[int], keys: list[Span]) -> list[str]:
+        if past[: len(self._ids)] != self._ids:
+            self._texts = []
+        full = len(past) // self.settings.key_length
+        self._texts = self._texts[:full]
+        texts = self._texts + [self._decoded(past[k.start : k.end]) for k in keys[len(self._texts) :]]
+        self._ids, self._texts = past[: full * self.settings.key_length], texts[:full]
+        return texts
 
-    def _decoded(self, ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def refuse_no_query(query: str | None) -> None:
+    """Raise `SettingsError` when there is nothing to search for."""
+    if query is None or not query.strip():
+        raise SettingsError(
+            "retrieval has no query",
+            rule="The query is the newest input of the user.",
+            hint="Ask something, or use --retrieval-method none.",
+        )
+
+
+def refuse_no_past(past: Sequence[int]) -> None:
+    """Raise `SettingsError` when there is nothing to search in."""
+    if len(past) == 0:
+        raise SettingsError(
+            "retrieval has no index: nothing was read before the query",
+            hint="Give a text to search, or use --retrieval-method none.",
         )
 
 

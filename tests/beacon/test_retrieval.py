@@ -150,13 +150,32 @@ def test_a_past_that_grew_is_searched_as_if_it_had_been_given_whole(tokenizer: A
         assert growing.find(past[:end], "amber falcon mill") == whole
 
 
-def test_after_forget_another_past_is_searched(tokenizer: Any) -> None:
-    retriever = Retriever(tokenizer, RetrievalSettings("bm25", 1, 32))
-    retriever.find(_past(tokenizer), "falcon")
-    retriever.forget()
+@pytest.mark.parametrize("key_length", [32, 31])
+def test_another_past_is_searched_as_if_it_were_the_first(tokenizer: Any, key_length: int) -> None:
+    settings = RetrievalSettings("bm25", 1, key_length)
+    used = Retriever(tokenizer, settings)
+    used.find(_past(tokenizer), "falcon")
     other = list(tokenizer(" The miller slept." * 20)["input_ids"])
-    assert retriever.find(other, "falcon") == []
-    assert retriever.find(other, "miller") == [Span(0, 32)]
+    for past in (other, _past(tokenizer), _past(tokenizer)[:200], _past(tokenizer)[3:]):
+        for query in ("falcon", "miller"):
+            assert used.find(past, query) == Retriever(tokenizer, settings).find(past, query)
+    assert used.find(other, "miller") == [Span(0, key_length)]
+
+
+def test_full_keys_are_decoded_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    past = _past(tokenizer)[:100]
+    retriever = Retriever(tokenizer, RetrievalSettings("bm25", 1, 32))
+    retriever.find(past[:70], "mill")
+    decoded: list[int] = []
+    plain = retriever._decoded
+
+    def noting(ids: list[int]) -> str:
+        decoded.append(len(ids))
+        return plain(ids)
+
+    monkeypatch.setattr(retriever, "_decoded", noting)
+    retriever.find(past, "mill")
+    assert decoded == [32, 4]
 
 
 @pytest.mark.parametrize("query", [None, "", "  \n"])
