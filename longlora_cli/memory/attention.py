@@ -9,7 +9,7 @@ through `scaled_dot_product_attention`. The plain twin is `plain_attention`, a f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from longlora_cli.errors import IncompatibleError
 from longlora_cli.memory.attention_kernels import AttentionKernel, attend, choose_kernel, refuse_backend
+from longlora_cli.memory.attention_segments import AttentionSegment, attend_segments
 
 Kernels = dict[tuple[torch.device, torch.dtype, int], AttentionKernel]
 
@@ -47,7 +48,8 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
     """The function transformers calls for each layer, over the kernels of `backend`.
 
     Any keyword given to `model(...)` arrives here, among them `document_lengths` (for each row of the batch its
-    documents' tokens), `kv_heads_per_call` and `shifted_group` (see `attention_kernels.attend_forward`).
+    documents' tokens), `kv_heads_per_call` and `shifted_group` (see `attention_kernels.attend_forward`), and `segments`
+    (see `attention_segments.attend_segments`), which say by themselves who sees whom.
     """
     kernels: Kernels = {}
 
@@ -65,16 +67,20 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         softcap: float | None = None,
         kv_heads_per_call: int = 0,
         shifted_group: int = 0,
+        segments: Sequence[AttentionSegment] | None = None,
         **ignored: Any,
     ) -> tuple[Tensor, None]:
         if softcap is not None:
             raise IncompatibleError("attention with a soft cap on its scores is not supported")
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        if segments is not None:
+            _refuse_window(segments, sliding_window)
+            return attend_segments(query, key, value, segments, scale, dropout=dropout), None
         tokens, past = query.shape[2], key.shape[2] - query.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
         for lengths in document_lengths or ():
             if sum(lengths) != tokens or past:
                 raise IncompatibleError(f"documents of {sum(lengths)} tokens in a row of {tokens}")
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
         if past or window is not None or dropout or value.shape[3] != query.shape[3]:
             if shifted_group:
                 raise IncompatibleError(
@@ -86,6 +92,15 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         return out, None
 
     return attention
+
+
+def _refuse_window(segments: Sequence[AttentionSegment], sliding_window: int | None) -> None:
+    most = max(segment.key_rows for segment in segments)
+    if sliding_window is not None and most > sliding_window:
+        raise IncompatibleError(
+            f"a memory and window of {most:,} tokens with a model that sees {sliding_window:,}",
+            rule="A sliding window would hide the beginning of the memory.",
+        )
 
 
 def _kernel(kernels: Kernels, backend: str, query: Tensor) -> AttentionKernel:
