@@ -35,7 +35,7 @@ class DenseEncoder:
     Args:
         folder: Holds `config.json`, safetensors weights and a tokenizer, or a sentence-transformers model. Pooling is
             what the folder says; the first token's state (CLS) where it says nothing.
-        device: Where it computes; the CPU leaves the GPU to the language model.
+        device: Where it computes, in float32.
 
     Raises:
         DataError: The folder cannot be read, or makes its vectors in another way than CLS or mean pooling.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from longlora_cli.beacon.dense_encoder import DenseEncoder
@@ -40,7 +41,7 @@ class RetrievalSettings:
 
     method: str = NONE
     topk: int = 3
-    key_length: int = 256
+    key_length: int = 128
 
     def validate(self) -> None:
         """Raise `SettingsError` (one line, exit 2) when no search can be made of these settings."""
@@ -179,17 +180,20 @@ class Retriever:
     Args:
         tokenizer: Of the model; turns the past back into text.
         settings: How to search; its method is not `none`.
+        device: Where a dense encoder computes.
 
     Raises:
         SettingsError: From `validate`, or the method is `none`.
-        DataError: From `DenseEncoder`.
+        DataError, NotFoundError, SecurityError: From `DenseEncoder`.
     """
 
-    def __init__(self, tokenizer: Any, settings: RetrievalSettings) -> None:
+    def __init__(
+        self, tokenizer: Any, settings: RetrievalSettings, device: str | torch.device = "cpu"
+    ) -> None:
         settings.validate()
         self.settings = settings
         self._tokenizer = tokenizer
-        self._index = make_index(settings)
+        self._index = make_index(settings, device)
         self._ids: list[int] = []  # those of full keys, whose texts cannot change
         self._texts: list[str] = []
 
@@ -242,16 +246,16 @@ def refuse_no_past(past: Sequence[int]) -> None:
         )
 
 
-def make_index(settings: RetrievalSettings) -> SpanIndex:
+def make_index(settings: RetrievalSettings, device: str | torch.device = "cpu") -> SpanIndex:
     """The index that the method names.
 
     Raises:
         SettingsError: The method is `none`.
-        DataError: From `DenseEncoder`.
+        DataError, NotFoundError, SecurityError: From `DenseEncoder`.
     """
     if settings.method == NONE:
         raise SettingsError(
             "retrieval has no index: --retrieval-method is none",
             hint="Use --retrieval-method bm25 or the folder of a dense encoder.",
         )
-    return Bm25Index() if settings.method == BM25 else DenseIndex(DenseEncoder(Path(settings.method)))
+    return Bm25Index() if settings.method == BM25 else DenseIndex(DenseEncoder(Path(settings.method), device))

@@ -19,6 +19,7 @@ from random import Random
 
 from torch import Tensor
 
+from longlora_cli.beacon.cache import Rows, join
 from longlora_cli.beacon.fine_level import FineRunner, FineWindow, Swap, first_rows, sink_rows
 from longlora_cli.beacon.retrieval import (
     NONE,
@@ -53,7 +54,8 @@ class RetrievalSession(BeaconSession):
     """A `BeaconSession` of one sequence with an index of what it has read.
 
     Args:
-        loaded: As of `BeaconSession`; its tokenizer turns the past back into text.
+        loaded: As of `BeaconSession`; its tokenizer turns the past back into text, and a dense encoder computes where
+            it does.
         settings: The plan of the coarse level.
         retrieval: How to search; its method is not `none`.
         fine_ratio: Raw tokens per beacon of the fine level; 0: raw keys and values.
@@ -81,7 +83,7 @@ class RetrievalSession(BeaconSession):
         super().__init__(loaded, settings, generator=generator)
         _refuse_levels(settings, fine_ratio)
         self.fine_ratio = fine_ratio
-        self._retriever = Retriever(loaded.tokenizer, retrieval)
+        self._retriever = Retriever(loaded.tokenizer, retrieval, loaded.device)
         self._eager = eager or settings.hop < settings.window
         self._runner = FineRunner(
             self._decoder, self._projections, self._inv_freq, self._dtype, settings, fine_ratio
@@ -91,7 +93,8 @@ class RetrievalSession(BeaconSession):
         """As `BeaconSession.reset`; the fine level goes too."""
         super().reset()
         self._fine: dict[int, FineWindow] = {}
-        self._opened = list(self._memory.rows[0])
+        self._fine_ids: list[int] = []  # what had been read when the newest of them was run
+        self._stayed: list[Rows] = []  # of each layer what stayed raw when the open window began
 
     def fork(self) -> RetrievalSession:
         """As `BeaconSession.fork`; what is run at the fine level later is each one's own."""
@@ -102,6 +105,7 @@ class RetrievalSession(BeaconSession):
 
     def stats(self) -> RetrievalStats:
         """As `BeaconSession.stats`, and what the fine level takes."""
+        self._drop_stale()
         fine = self._fine.values()
         return RetrievalStats(
             **vars(super().stats()),
@@ -144,6 +148,7 @@ class RetrievalSession(BeaconSession):
         swap = Swap(swap_plan(windows, spans), row.cursor.memory, self._memory.length(), sink)
         wanted = sorted({piece.window for piece in swap.pieces if piece.window is not None})
         if wanted:
+            self._drop_stale()
             fine = {number: self._fine_window(number) for number in wanted}
             twin._memory.rows[0] = swap.apply(held, fine, self._inv_freq, self._dtype)
             twin._rows = [replace(row, cursor=replace(row.cursor, memory=swap.new_memory))]
@@ -161,7 +166,7 @@ class RetrievalSession(BeaconSession):
             for number, ratio in enumerate(self._rows[0].ratios)
         ]
 
-    def _beginning(self, number: int) -> Cursor:
+    def _start_of(self, number: int) -> Cursor:
         """Where the sequence stood when a window began."""
         ratios = self._rows[0].ratios[:number]
         kept = sum(
@@ -173,12 +178,25 @@ class RetrievalSession(BeaconSession):
 
     def _fine_window(self, number: int) -> FineWindow:
         if number not in self._fine:
-            at = self._beginning(number)
-            stays = self.settings.hop < self.settings.window
-            before = self._opened if stays else first_rows(self._memory.rows[0], at.memory)
+            at = self._start_of(number)
+            before = first_rows(self._memory.rows[0], at.memory)
+            if at.filled:
+                before = [join([r for r in pair if r]) for pair in zip(before, self._stayed, strict=True)]
             ids = self._ids[0][at.tokens : at.tokens - at.filled + self.settings.window]
             self._fine[number] = self._runner.run(before, at, ids)
+            self._fine_ids = list(self._ids[0])
         return self._fine[number]
+
+    def _drop_stale(self) -> None:
+        """Forget the fine level of windows that were read anew, or are read no more, since it was run."""
+        ids = self._ids[0]
+        if ids[: len(self._fine_ids)] == self._fine_ids:
+            return
+        pairs = enumerate(zip(ids, self._fine_ids, strict=False))
+        same = next((n for n, (one, other) in pairs if one != other), min(len(ids), len(self._fine_ids)))
+        hop, window = self.settings.hop, self.settings.window
+        self._fine = {n: fine for n, fine in self._fine.items() if n * hop + window <= same}
+        self._fine_ids = ids[:same]
 
     def _begin(self, ids: object, mask: Tensor | None) -> list[list[int]]:
         rows = super()._begin(ids, mask)  # type: ignore[arg-type]
@@ -193,13 +211,17 @@ class RetrievalSession(BeaconSession):
         hidden = super()._forward(waiting)
         if self._eager and self.cursors[0].windows > closed:
             try:
+                self._drop_stale()
                 for number in range(closed, self.cursors[0].windows):
                     self._fine_window(number)
             except BaseException:  # also Ctrl-C: a window without its fine level was not read
                 self._memory, self._rows = before[0], before[1]
                 del self._ids[0][before[2] :]
                 raise
-            self._opened = list(self._memory.rows[0])
+            if self.settings.hop < self.settings.window:
+                first = self.cursors[0].memory
+                rows = [r for r in self._memory.rows[0] if r is not None]
+                self._stayed = [Rows(r.keys[:, first:].clone(), r.values[:, first:].clone()) for r in rows]
         return hidden
 
 

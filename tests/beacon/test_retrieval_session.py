@@ -263,6 +263,24 @@ def test_a_fork_goes_its_own_way() -> None:
         )
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_past_that_was_replaced_leaves_nothing_at_the_fine_level(eager: bool) -> None:
+    _, session = opened(PLANS["interleaved"], eager=eager)
+    session.feed(IDS)
+    session.with_fine(ALL)
+    other = [*IDS[:20], *reversed(IDS[20:])]
+    alone = RetrievalSession(session.loaded, PLANS["interleaved"], BM25, eager=eager)
+    alone.feed(other)
+    early = alone.fork()
+    early.reset()
+    early.feed(IDS[:16])
+    # As a session that went back to its second window's end and read on.
+    session._memory, session._rows, session._ids = early._memory.copy(), list(early._rows), [IDS[:16]]
+    assert session.stats().fine_windows == 2
+    session.feed(other[16:])
+    assert same_bits(session.with_fine(ALL), alone.with_fine(ALL))
+
+
 def test_a_question_brings_the_tokens_that_it_names_and_its_answer_differs() -> None:
     _, session = opened(PLANS["interleaved"])
     ids = [i for i in IDS if i not in (60, 61)]
