@@ -315,8 +315,8 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, P
             )
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
         self.needs("beyond", not self.make and self.rope == "keep", "no length is refused there")
-        for name in ("max_hours", "kv_bits"):
-            self.needs(name, not self.make, "--make measures no model")
+        self.needs("max_hours", not self.make, "--make measures no model")
+        self.check_past(makes=self.make, scores_texts="ppl" in tasks)
         if self.max_hours is not None and self.shard is not None:
             raise ValueError("--max-hours beside --shard: shares have to be of the same lengths")
         return self

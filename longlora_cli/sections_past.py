@@ -35,6 +35,21 @@ class PastSection(BeaconUseSection, RopeSection):
             self.needs("prefill_chunk", self.prefill_chunk < 256, "--kv-bits reads in blocks of 256 tokens")
         return self
 
+    def check_past(self, *, makes: bool, scores_texts: bool) -> None:
+        """Refuse what an evaluation leaves without effect, or cannot have.
+
+        Args:
+            makes: Samples are only written.
+            scores_texts: Perplexity is measured.
+
+        Raises:
+            ValueError: One line.
+        """
+        for name in ("kv_bits", *BeaconUseSection.model_fields):
+            self.needs(name, not makes, "--make measures no model")
+        if scores_texts and self.retrieval_method != "none":
+            raise ValueError("--retrieval-method needs a question to search by: --tasks ppl asks none")
+
     @property
     def asks_for_beacons(self) -> bool:
         """A setting was given that belongs to beacons."""

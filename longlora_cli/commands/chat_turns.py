@@ -10,17 +10,22 @@ from typing import Any
 from longlora_cli.config import ChatConfig
 from longlora_cli.console import Console
 from longlora_cli.data.documents import find_sources, read_documents
+from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.readers import kind_of
 from longlora_cli.errors import DataError, Interrupted
 from longlora_cli.generation.budget import Budget, free_bytes
 from longlora_cli.generation.conversation import Conversation, Prompt
 from longlora_cli.generation.kv_effect import Divergence, kv_divergence
 from longlora_cli.generation.past import FULL_BITS
+from longlora_cli.generation.reader import Query
 from longlora_cli.generation.sampling import make_sampler
 from longlora_cli.generation.session import Answer, Session, refuse_overflow, stop_ids
 
 # Kinds whose text is meant and not their source.
 _BOOKS = (".txt", ".md", ".epub", ".pdf")
+
+# What a template writes around a question; retrieval does not search so many tokens before it.
+_TURN_TOKENS = 16
 
 # A shorter prompt is read before a bar could be drawn.
 _BAR_TOKENS = 512
@@ -190,9 +195,17 @@ class Chat:
                 sampler=self._sampler,
                 on_token=show,
                 advance=advance,
+                query=self._query(prompt),
             )
         self.console.stream("\n")
         return answer
+
+    def _query(self, prompt: Prompt) -> Query | None:
+        """What retrieval searches the past by: the user's newest question, without the texts read with it."""
+        if self.session.past.retrieval is None:
+            return None
+        tokens = len(safe_encoder(self.session.loaded.tokenizer).encode_batch([prompt.question])[0])
+        return Query(prompt.question, tokens + _TURN_TOKENS)
 
     def meter(self, answer: Answer) -> str:
         """One line under an answer: how full the context is, and what the answer cost."""

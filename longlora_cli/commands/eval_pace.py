@@ -10,6 +10,7 @@ from longlora_cli.errors import SettingsError
 from longlora_cli.evaluation.estimate import PROBE_NEW_TOKENS, PROBE_TOKENS, Pace, pace_of
 from longlora_cli.evaluation.plan import EvalPlan
 from longlora_cli.evaluation.readings import readings
+from longlora_cli.generation.reader import Query
 from longlora_cli.generation.session import Session
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.parallel.mesh import Mesh
@@ -73,7 +74,10 @@ def measure_pace(loaded: LoadedModel, plan: EvalPlan) -> Pace:
     def say(count: int) -> Any:
         session.clear()
         ids = [(7919 * place) % vocabulary for place in range(count)]
-        return session.answer(ids, max_new_tokens=PROBE_NEW_TOKENS, stop_ids=(), allow_beyond=True)
+        query = None if plan.past.retrieval is None else Query("what is the time?", 16)
+        return session.answer(
+            ids, max_new_tokens=PROBE_NEW_TOKENS, stop_ids=(), allow_beyond=True, query=query
+        )
 
     say(min(tokens, _WARM_UP_TOKENS))
     return pace_of(loaded.facts, _linear_parameters(loaded), say(tokens))

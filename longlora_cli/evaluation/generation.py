@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.journal import Journal, hash_ids, key_of
@@ -81,6 +81,15 @@ class Question:
     without_context: Sequence[int] | None = None
 
 
+@runtime_checkable
+class QuestionAnswerer(Protocol):
+    """An answerer that wants to know what is asked, not the ids alone; `predict` prefers it."""
+
+    def answer_question(self, question: Question, max_new_tokens: int) -> Answer:
+        """The likeliest continuation of the question's prompt."""
+        ...
+
+
 def hash_sample(content: Any, references: Sequence[str]) -> str:
     """SHA-256 of a question as text (JSON of its messages, or a plain text) and its references, in hex.
 
@@ -124,7 +133,11 @@ def predict(
         row = kept.get(key)
         if row is None:
             started = time.perf_counter()
-            answer = answerer.answer(question.prompt, longest)
+            answer = (
+                answerer.answer_question(question, longest)
+                if isinstance(answerer, QuestionAnswerer)
+                else answerer.answer(question.prompt, longest)
+            )
             text = cut_at(answer.text, question.stop)
             row = {
                 "key": key,

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from longlora_cli.beacon.ratios import RatioSource, adapted
+from longlora_cli.beacon.retrieval import refuse_no_query
+from longlora_cli.beacon.retrieval_session import RetrievalSession
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.windows import Cursor, layout, next_step
+from longlora_cli.generation.past import Past
 from longlora_cli.generation.prefill import Advance, next_logits
-from longlora_cli.generation.reader import common_prefix
+from longlora_cli.generation.reader import Query, common_prefix
 from longlora_cli.models.loading import LoadedModel, ModelFacts
 
 # Ratios that are drawn are drawn alike for every text, so that an answer does not depend on what was asked before.
@@ -26,39 +29,56 @@ class BeaconReader:
     What was read can be gone back to within the open window, and where a window begins; of a closed window the raw
     tokens are gone, so it is read again from its beginning (with a stride below the window everything is).
 
+    With retrieval a question and its answer are read in a fork in whose memory the spans that it is about stand at the
+    finer level. What was read before it stays as it was; the next text reads question and answer into it.
+
     Args:
         loaded: The model, its beacons on it.
-        settings: How windows are compressed.
+        past: How it keeps what it has read, with beacons.
 
     Raises:
-        SettingsError, IncompatibleError: From `BeaconSession`.
+        SettingsError, IncompatibleError: From `BeaconSession` and `RetrievalSession`.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: BeaconSettings) -> None:
-        self._loaded, self._settings = loaded, settings
-        self._session = self._open()
+    def __init__(self, loaded: LoadedModel, past: Past) -> None:
+        assert past.beacon is not None
+        self._loaded, self._past, self._settings = loaded, past, past.beacon
+        # Of `adapt-N`, the ratio that it chose for the text at hand.
         self._adapted: int | None = None
+        self._answering: BeaconSession | None = None
+        self._session = self._open()
         self.reused = 0
 
     def _open(self) -> BeaconSession:
-        return BeaconSession(self._loaded, self._settings, generator=Random(_SEED))
+        generator = Random(_SEED)
+        if self._past.retrieval is None:
+            return BeaconSession(self._loaded, self._settings, generator=generator)
+        return RetrievalSession(
+            self._loaded,
+            self._settings,
+            self._past.retrieval,
+            fine_ratio=self._past.fine_ratio,
+            generator=generator,
+        )
 
     @property
     def ids(self) -> list[int]:
-        """The token ids that were read."""
+        """The token ids that were read and are held for what follows; not those of a question with retrieval."""
         return self._session.ids
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values held now: beacons, sink and the open window."""
-        return self._session.stats().kv_bytes
+        """Bytes of keys and values held now: beacons, sink, open window, and spans that were retrieved."""
+        return (self._answering or self._session).stats().kv_bytes
 
     def reusable(self, ids: Sequence[int]) -> int:
         """How many of these tokens need not be run. The last always is, for its logits."""
+        return self._reusable(ids, len(ids) - 1)
+
+    def _reusable(self, ids: Sequence[int], most: int) -> int:
         if self._ratio_of(len(ids)) != self._adapted:
             return 0
-        common = min(common_prefix(self._session.ids, ids), len(ids) - 1)
-        return self._session.rewinds_to(common)
+        return self._session.rewinds_to(min(common_prefix(self._session.ids, ids), most))
 
     def _ratio_of(self, tokens: int) -> int | None:
         """The ratio that `adapt-N` gives a text of so many tokens; None for other mixes."""
@@ -69,17 +89,47 @@ class BeaconReader:
 
     def clear(self) -> None:
         """Forget everything and free the memory."""
-        self._session, self._adapted = self._open(), None
+        self._answering, self._adapted = None, None
+        self._session = self._open()
 
-    def read(self, ids: Sequence[int], advance: Advance | None = None) -> Tensor:
-        """Read a text of which the beginning may be held already; logits `[vocabulary]` of what follows."""
-        self.reused = self.reusable(ids)
+    def read(self, ids: Sequence[int], advance: Advance | None = None, query: Query | None = None) -> Tensor:
+        """Read a text of which the beginning may be held already; logits `[vocabulary]` of what follows.
+
+        Args:
+            ids: The whole text.
+            advance: Called with the number of tokens just run.
+            query: What retrieval searches the past by.
+
+        Raises:
+            SettingsError: Retrieval without a query.
+        """
+        self._answering = None
+        end = self._searched(ids, query)
+        self.reused = self._reusable(ids, min(end, len(ids) - 1))
         if self.reused == 0:
             self.clear()
             self._adapted = self._ratio_of(len(ids))
         else:
             self._session.rewind(self.reused)
-        return self._run(self._session, ids[self.reused :], advance)
+        logits = None
+        if end > self.reused:
+            logits = self._run(self._session, ids[self.reused : end], advance)
+        if end < len(ids):
+            assert isinstance(self._session, RetrievalSession)
+            assert query is not None
+            self._answering = self._session.answering(query.text)
+            logits = self._run(self._answering, ids[end:], advance)
+        assert logits is not None  # at least the last token was run
+        return logits
+
+    def _searched(self, ids: Sequence[int], query: Query | None) -> int:
+        """How many of the tokens are searched, the rest being read in a fork; all of them where nothing is."""
+        if self._past.retrieval is None:
+            return len(ids)
+        refuse_no_query(None if query is None else query.text)
+        assert query is not None
+        before = len(ids) - max(query.tokens, 1)
+        return before if before >= self._settings.window else len(ids)
 
     def _run(self, session: BeaconSession, ids: Sequence[int], advance: Advance | None) -> Tensor:
         hidden = None
@@ -92,15 +142,17 @@ class BeaconReader:
 
     def step(self, token: int) -> Tensor:
         """Read one token more; logits `[vocabulary]` of the next."""
-        return self._run(self._session, [token], None)
+        return self._run(self._answering or self._session, [token], None)
 
-    def mark(self) -> BeaconSession:
-        """This moment, as a fork: no tensor is copied."""
-        return self._session.fork()
+    def mark(self) -> tuple[BeaconSession, BeaconSession | None]:
+        """This moment, as forks: no tensor is copied."""
+        answering = self._answering
+        return self._session.fork(), None if answering is None else answering.fork()
 
-    def back_to(self, mark: BeaconSession) -> None:
+    def back_to(self, mark: tuple[BeaconSession, BeaconSession | None]) -> None:
         """Forget what was read since a mark, which stays as it is."""
-        self._session = mark.fork()
+        session, answering = mark
+        self._session, self._answering = session.fork(), None if answering is None else answering.fork()
 
 
 def read_hidden(
@@ -118,24 +170,26 @@ def read_hidden(
 
 
 def beacon_bytes_for(
-    facts: ModelFacts, tokens: int, settings: BeaconSettings, *, element_bytes: int, positions: int
+    facts: ModelFacts, tokens: int, past: Past, *, element_bytes: int, positions: int
 ) -> int:
-    """Bytes of keys and values that so many tokens will take, by the plan's own integers.
+    """Bytes of keys and values that so many tokens will take, by the plan's own integers; at most with retrieval.
 
     Args:
         facts: Sizes of the decoder.
         tokens: How many were read.
-        settings: How windows are compressed.
+        past: How what was read is kept, with beacons.
         element_bytes: Bytes of a number in the model's own format.
         positions: Of the model; `adapt-N` needs it.
     """
+    assert past.beacon is not None
+    settings = past.beacon
     ratios = RatioSource(settings, generator=Random(_SEED), limit=positions)
     ratios.expect(tokens)
     cursor = Cursor()
     while cursor.tokens < tokens:
         ratio = ratios.of_window(cursor.windows)
         _, cursor = next_step(cursor, tokens - cursor.tokens, settings, ratio)
-    rows = cursor.memory
+    rows = cursor.memory + min(past.fine_rows, cursor.windows * settings.hop)
     if cursor.filled:
         rows += layout(settings, ratios.of_window(cursor.windows)).rows(cursor.filled)
     return rows * facts.kv_bytes_per_token(element_bytes)

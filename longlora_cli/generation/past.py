@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import lcm
+from pathlib import Path
 from typing import Any
 
+from longlora_cli.beacon.retrieval import RetrievalSettings
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.windows import capacity
 from longlora_cli.errors import SettingsError
@@ -22,15 +25,23 @@ class Past:
     Args:
         kv_bits: Bits of a key's or value's number: 16 (the model's own format), 8 or 4.
         beacon: How windows are compressed; None: they are not.
+        retrieval: How spans of the past are found for a question; None: they are not.
+        fine_ratio: Tokens for one beacon in those spans; 0 keeps them all.
     """
 
     kv_bits: int = FULL_BITS
     beacon: BeaconSettings | None = None
+    retrieval: RetrievalSettings | None = None
+    fine_ratio: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What decides an answer besides the model; empty for a plain cache."""
         found: dict[str, Any] = {} if self.kv_bits == FULL_BITS else {"kv_bits": self.kv_bits}
-        return found if self.beacon is None else found | {"beacon": self.beacon.to_json()}
+        if self.beacon is not None:
+            found["beacon"] = self.beacon.to_json()
+        if self.retrieval is not None:
+            found["retrieval"] = asdict(self.retrieval) | {"fine_ratio": self.fine_ratio}
+        return found
 
     def describe(self) -> str:
         """A few words for people."""
@@ -39,7 +50,20 @@ class Past:
             return f"keys and values of every token in {own}"
         ratios = ", ".join(f"x{ratio}" if ratio else "none (x0)" for ratio in self.beacon.ratios)
         mix = "" if len(self.beacon.ratios) == 1 else f" ({self.beacon.ratio_mix})"
-        return f"beacons {ratios}{mix} of windows of {self.beacon.window:,} tokens"
+        found = f"beacons {ratios}{mix} of windows of {self.beacon.window:,} tokens"
+        if self.retrieval is None:
+            return found
+        fine = f"at x{self.fine_ratio}" if self.fine_ratio else "in full"
+        name = Path(self.retrieval.method).name
+        return f"{found}, {self.retrieval.topk} spans of {self.retrieval.key_length:,} found by {name} {fine}"
+
+    @property
+    def fine_rows(self) -> int:
+        """Most rows of memory that retrieved spans take: each is widened to whole beacons at both ends."""
+        if self.retrieval is None or self.beacon is None:
+            return 0
+        unit = lcm(*(max(ratio, 1) for ratio in (*self.beacon.ratios, self.fine_ratio)))
+        return self.retrieval.topk * (self.retrieval.key_length + 2 * unit) // max(self.fine_ratio, 1)
 
     def readable(self, own: int, positions: int) -> int:
         """Tokens of prompt and answer that can be read.
@@ -51,6 +75,7 @@ class Past:
         """
         if self.beacon is None:
             return own
+        positions -= self.fine_rows
         sizes = [capacity(ratio, self.beacon, positions) for ratio in self.beacon.ratios]
         return max(sizes) if self.beacon.reserve is not None else min(sizes)
 
@@ -90,7 +115,20 @@ def past_of(section: PastSection, source: ModelSource) -> Past:
     except ValueError as error:
         raise SettingsError(str(error)) from None
     _refuse_beside(section)
-    return Past(beacon=settings)
+    return _with_retrieval(section, settings)
+
+
+def _with_retrieval(section: PastSection, settings: BeaconSettings) -> Past:
+    if section.retrieval_method == "none":
+        return Past(beacon=settings)
+    from longlora_cli.beacon.retrieval_session import split_levels
+
+    retrieval = RetrievalSettings(
+        section.retrieval_method, section.retrieval_topk, section.retrieval_key_length
+    )
+    retrieval.validate()
+    coarse, fine = split_levels(settings.ratios)
+    return Past(beacon=settings.with_ratios(coarse), retrieval=retrieval, fine_ratio=fine)
 
 
 def _trained(source: ModelSource) -> BeaconSettings | None:

@@ -7,6 +7,7 @@ answers, likelihoods and conversations do not know how the past is held.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -24,6 +25,19 @@ from longlora_cli.generation.cache import (
 from longlora_cli.generation.past import FULL_BITS, Past
 from longlora_cli.generation.prefill import Advance, prefill, step
 from longlora_cli.models.loading import LoadedModel, ModelFacts
+
+
+@dataclass(frozen=True)
+class Query:
+    """The newest question of a text.
+
+    Args:
+        text: What is asked.
+        tokens: About how many tokens the text has from there to its end; what is before them is searched.
+    """
+
+    text: str
+    tokens: int
 
 
 class Reader(Protocol):
@@ -53,8 +67,14 @@ class Reader(Protocol):
         """Forget everything and free the memory."""
         ...
 
-    def read(self, ids: Sequence[int], advance: Advance | None = None) -> Tensor:
-        """Read a text of which the beginning may be held already; logits `[vocabulary]` of what follows."""
+    def read(self, ids: Sequence[int], advance: Advance | None = None, query: Query | None = None) -> Tensor:
+        """Read a text of which the beginning may be held already; logits `[vocabulary]` of what follows.
+
+        Args:
+            ids: The whole text.
+            advance: Called with the number of tokens just run.
+            query: What retrieval searches the past by; without retrieval it is not looked at.
+        """
         ...
 
     def step(self, token: int) -> Tensor:
@@ -90,11 +110,11 @@ def open_reader(loaded: LoadedModel, past: Past, *, prefill_chunk: int) -> Reade
         return CacheReader(loaded, prefill_chunk=prefill_chunk, kv_bits=past.kv_bits)
     from longlora_cli.generation.beacon_reader import BeaconReader
 
-    return BeaconReader(loaded, past.beacon)
+    return BeaconReader(loaded, past)
 
 
 def held_bytes_for(past: Past, facts: ModelFacts, tokens: int, *, element_bytes: int, positions: int) -> int:
-    """Bytes of keys and values that so many tokens will take; known before they are run, and before weights are loaded.
+    """Bytes of keys and values that so many tokens will take (at most, with retrieval); known before any is run.
 
     Args:
         past: How what was read is kept.
@@ -107,7 +127,7 @@ def held_bytes_for(past: Past, facts: ModelFacts, tokens: int, *, element_bytes:
         return cache_bytes_for(facts, tokens, element_bytes=element_bytes, kv_bits=past.kv_bits)
     from longlora_cli.generation.beacon_reader import beacon_bytes_for
 
-    return beacon_bytes_for(facts, tokens, past.beacon, element_bytes=element_bytes, positions=positions)
+    return beacon_bytes_for(facts, tokens, past, element_bytes=element_bytes, positions=positions)
 
 
 class CacheReader:
@@ -151,7 +171,7 @@ class CacheReader:
         """Forget everything and free the memory."""
         self._cache, self._ids = new_cache(self._kv_bits), []
 
-    def read(self, ids: Sequence[int], advance: Advance | None = None) -> Tensor:
+    def read(self, ids: Sequence[int], advance: Advance | None = None, query: Query | None = None) -> Tensor:
         """Read a text of which the beginning may be held already; logits `[vocabulary]` of what follows."""
         self.reused = self.reusable(ids)
         if self.reused == 0:

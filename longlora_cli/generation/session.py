@@ -19,7 +19,7 @@ from longlora_cli.data.chat_template import end_token_id
 from longlora_cli.errors import SettingsError
 from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.generation.prefill import Advance
-from longlora_cli.generation.reader import Reader, held_bytes_for, open_reader
+from longlora_cli.generation.reader import Query, Reader, held_bytes_for, open_reader
 from longlora_cli.generation.sampling import Sampler, greedy
 from longlora_cli.generation.text_stream import TextStream
 from longlora_cli.models.loading import LoadedModel
@@ -163,6 +163,7 @@ class Session:
         on_token: OnToken | None = None,
         advance: Advance | None = None,
         allow_beyond: bool = False,
+        query: Query | None = None,
     ) -> Answer:
         """Read a prompt and answer it.
 
@@ -175,6 +176,7 @@ class Session:
                 the last id once more if a text was unfinished.
             advance: Called with the number of prompt tokens just run.
             allow_beyond: Measure a model beyond its context length on purpose.
+            query: What retrieval searches the past by; needed where the past is kept with retrieval.
 
         Returns:
             The answer. Ctrl-C is not raised: it gives what was said so far, with `finish="interrupted"`.
@@ -190,24 +192,31 @@ class Session:
             refuse_overflow(len(ids), max_new_tokens, self.context_length)
         run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token)
         try:
-            self._say(run, ids, advance)
+            self._say(run, ids, advance, query)
         except KeyboardInterrupt:
             run.finish = "interrupted"
         return run.result(prompt_tokens=len(ids), reused_tokens=self._reader.reused, kv_bytes=self.kv_bytes)
 
-    def log_likelihoods(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+    def log_likelihoods(
+        self,
+        ids: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        *,
+        query: Query | None = None,
+    ) -> list[float]:
         """Natural logarithm of the probability of each continuation after `ids`, which are read once.
 
         Args:
             ids: The shared prompt, at least one token; what is held of it is not run again.
             continuations: Token ids, at least one each. Each is forgotten before the next one is run.
+            query: As of `answer`.
 
         Raises:
             NumericError: See `prefill`.
         """
         if not ids:
             raise ValueError("a prompt has at least one token")
-        first = self._reader.read(ids).float().log_softmax(-1)
+        first = self._reader.read(ids, None, query).float().log_softmax(-1)
         end = self._reader.mark()
         found = []
         for continuation in continuations:
@@ -218,8 +227,8 @@ class Session:
             found.append(total)
         return found
 
-    def _say(self, run: _Run, ids: Sequence[int], advance: Advance | None) -> None:
-        run.accept(self._reader.read(ids, advance))
+    def _say(self, run: _Run, ids: Sequence[int], advance: Advance | None, query: Query | None) -> None:
+        run.accept(self._reader.read(ids, advance, query))
         while run.finish is None:
             run.accept(self._reader.step(run.ids[-1]))
         run.flush()

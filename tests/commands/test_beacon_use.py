@@ -11,6 +11,7 @@ import pytest
 from tiny_models import make_tiny_model
 
 from longlora_cli.beacon.loading import load_model
+from longlora_cli.beacon.retrieval_session import RetrievalSession
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.cli import main
 from longlora_cli.commands import chat as chat_command
@@ -165,6 +166,19 @@ REFUSED = {
     "a chunk": (["--prefill-chunk", "64"], "--prefill-chunk has no effect here"),
     "dynamic positions": (["--beacon-ratio", "8", "--rope", "dynamic"], "--rope dynamic"),
     "a ratio that does not divide the window": (["--beacon-ratio", "7"], "7 does not divide"),
+    "retrieval with three ratios": (
+        ["--retrieval-method", "bm25", "--beacon-ratio", "2,4,8"],
+        "--retrieval-method takes at most two",
+    ),
+    "retrieval of what is not compressed": (
+        ["--retrieval-method", "bm25", "--beacon-ratio", "0"],
+        "--beacon-ratio 0 with retrieval",
+    ),
+    "spans without a method": (
+        ["--beacon-ratio", "8", "--retrieval-topk", "2"],
+        "--retrieval-topk has no effect",
+    ),
+    "an encoder that is not there": (["--retrieval-method", "no-such-folder"], "no-such-folder"),
     "a mix of one ratio": (["--beacon-ratio", "8", "--beacon-ratio-mix", "sequence"], "--beacon-ratio-mix"),
 }
 
@@ -205,6 +219,53 @@ def test_every_setting_of_use_changes_how_the_past_is_kept(run):
     assert past(beacon_ratio=[2, 8], beacon_ratio_mix="adapt-64").reserve == 64
     assert past(beacon_parallel_window=4).parallel == 4
     assert past(beacon_parallel_window=4).window == WINDOW
+
+
+def test_every_setting_of_retrieval_changes_how_the_past_is_searched(run):
+    source = resolve(str(run))
+
+    def past(**settings):
+        return past_of(ChatConfig(model=str(run), retrieval_method="bm25", **settings), source)
+
+    assert (past().retrieval.method, past().beacon.ratios, past().fine_ratio) == ("bm25", (8,), 0)
+    assert (past(beacon_ratio=[2, 8]).beacon.ratios, past(beacon_ratio=[2, 8]).fine_ratio) == ((8,), 2)
+    assert past(retrieval_topk=5).retrieval.topk == 5
+    assert past(retrieval_key_length=32).retrieval.key_length == 32
+    assert past(retrieval_topk=5).readable(1024, 1024) < past().readable(1024, 1024)
+
+
+RETRIEVE = {"retrieval_method": "bm25", "retrieval_topk": 2, "retrieval_key_length": 16}
+
+
+def test_retrieval_in_an_evaluation_is_told_and_takes_its_bytes(run, tmp_path):
+    plain = evaluate(run, tmp_path / "plain", tasks=["needle"])
+    found = evaluate(run, tmp_path / "found", tasks=["needle"], **RETRIEVE)
+    assert found["model"]["retrieval"] == {"method": "bm25", "topk": 2, "key_length": 16, "fine_ratio": 0}
+    assert found["tasks"]["needle"]["kv_bytes"] > plain["tasks"]["needle"]["kv_bytes"]
+    [audit] = [a for a in found["audits"] if a["name"] == "What was read is kept as"]
+    assert audit["value"].endswith("2 spans of 16 found by bm25 in full")
+    keys = [{row["key"] for row in samples(tmp_path / name, "needle")} for name in ("plain", "found")]
+    assert not keys[0] & keys[1]
+
+
+def test_retrieval_has_no_query_for_perplexity(run, tmp_path):
+    with pytest.raises(ValueError, match="ppl asks none"):
+        EvalConfig(model=str(run), tasks=["ppl"], out=tmp_path / "out", **RETRIEVE)
+
+
+def test_chat_searches_by_the_newest_question(run, tmp_path, monkeypatch):
+    asked, own = [], RetrievalSession.answering
+    monkeypatch.setattr(
+        RetrievalSession, "answering", lambda self, query: asked.append(query) or own(self, query)
+    )
+    (tmp_path / "note.txt").write_text(TEXT * 20)
+    lines = b"who slept?\nwhere is the mill?\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    config = ChatConfig(
+        model=str(run), device="cpu", max_new_tokens=8, file=[tmp_path / "note.txt"], **RETRIEVE
+    )
+    assert chat_command.run(config, Console(), dry_run=False) == {"turns": 2}
+    assert asked == ["who slept?", "where is the mill?"]
 
 
 def test_windows_in_parallel_answer_alike(run, tmp_path):
