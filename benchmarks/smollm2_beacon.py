@@ -7,7 +7,7 @@ MODEL_DIR is SmolLM2-135M-Instruct, BOOKS_DIR plain-text books; three are held o
 then beacons are trained on it by `smollm2-135m-beacon.yaml`, and then all are measured: perplexity on held-out books by
 position, hidden facts by length, and at 64K seconds to read, tokens per second to go on, and bytes of keys and values.
 Each part is one command line, and what exists in WORK_DIR is not made again. Evaluations run at one time, with their
-output in WORK_DIR/NAME.log; speed is measured when nothing else runs. Rows for `benchmarks/results.jsonl` are written to
+output in WORK_DIR/NAME.log; speed is measured when nothing else runs. Rows for `benchmarks/results.jsonl` go to
 ROWS.jsonl.
 
 On a CPU, with a model and recipes that suit it: `... builtin BOOKS WORK ROWS --base builtin --recipe tiny.yaml
