@@ -79,6 +79,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
         shutil.copytree(tiny_model_folder, "smollm2")
         for name in ("data", "held-out"):
             assert run(f"longlora prepare note.txt --max-length 128 --out {name} --json") == 0
+        assert run("longlora prepare book.txt --max-length 2k --out long-data --json") == 0
         grid = "--tasks passkey --haystack noise --lengths 256 --depths 1 --samples 1 --max-new-tokens 2"
         assert run(f"longlora eval {grid} --out report --json") == 0
         for name, seed in (("run", 0), ("run-a", 0), ("run-b", 1)):

@@ -136,15 +136,6 @@ class BeaconMemory(Cache):
         twin.rows = [list(sequence) for sequence in self.rows]
         return twin
 
-    def first(self, rows: int) -> BeaconMemory:
-        """The first rows of every sequence in memory of their own."""
-        twin = self.copy()
-        twin.rows = [
-            [None if r is None or not rows else Rows(*(t[:, :rows].clone() for t in r)) for r in sequence]
-            for sequence in self.rows
-        ]
-        return twin
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Rows held of the first sequence."""
         return self.length()

@@ -7,24 +7,31 @@ they are packed, never padded, and each equals a session of its own.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longlora_cli.beacon.cache import BeaconMemory
+from longlora_cli.beacon.cache import BeaconMemory, Rows
 from longlora_cli.beacon.passes import plan_pass, run_pass
 from longlora_cli.beacon.projections import projections_of, refuse_model
 from longlora_cli.beacon.ratios import RatioSource
 from longlora_cli.beacon.rotation import frequencies
 from longlora_cli.beacon.settings import BeaconSettings
-from longlora_cli.beacon.windows import Cursor, WindowStep, closing, layout, next_step
+from longlora_cli.beacon.windows import Cursor, WindowStep, next_step
 from longlora_cli.errors import IncompatibleError, NumericError, SettingsError
 from longlora_cli.models.loading import LoadedModel
+from longlora_cli.storage import atomic_folder, verify_folder
 
+KIND = "beacon-session"
+# Numbers of each tensor that stand for it in a digest: enough to tell adapters apart, few enough to cost nothing.
+_DIGEST_NUMBERS = 256
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
@@ -191,51 +198,62 @@ class BeaconSession:
         twin._generator = twin._ratios.generator
         return twin
 
-    def rewinds_to(self, tokens: int) -> int:
-        """How many tokens are left when at most the first `tokens` are kept as if no more had been fed.
-
-        Within the open window every token can be gone back to. Of a closed window raw keys and values are gone: it is
-        kept as a whole or forgotten as a whole, and with a stride below the window all are forgotten, since what
-        stayed raw from the window before is gone too.
-        """
-        if tokens >= self._open_from():
-            return min(tokens, self.cursors[0].tokens)
-        hop = self.settings.hop
-        return tokens // hop * hop if hop == self.settings.window else 0
-
-    def _open_from(self) -> int:
-        """Tokens that were fed when the open window began."""
-        cursor = self.cursors[0]
-        stayed = self.settings.window - self.settings.hop if cursor.windows else 0
-        return cursor.tokens - (cursor.filled - stayed)
-
-    def rewind(self, tokens: int) -> None:
-        """Forget what was fed after the first `tokens`, a number that `rewinds_to` gives. Ratios stay as drawn.
+    def save(self, path: Path) -> None:
+        """Write everything that `load` needs to go on, as a folder that is whole or not there.
 
         Raises:
-            SettingsError: Another number, or a batch.
+            SettingsError: The folder exists.
+            ResourceError: The disk is full.
         """
-        row, cursor = self._rows[0], self.cursors[0]
-        if self._batched or self.rewinds_to(tokens) != tokens:
-            raise SettingsError(f"a session of {cursor.tokens} tokens cannot go back to {tokens}")
-        if tokens >= self._open_from():
-            after = replace(cursor, tokens=tokens, filled=cursor.filled - (cursor.tokens - tokens))
-        else:
-            after = self._beginning(tokens // self.settings.hop)
-        held = after.memory
-        if after.filled:
-            held += layout(self.settings, self._ratios.of_window(after.windows)).rows(after.filled)
-        memory = self._memory.first(held)
-        self._memory, self._rows = memory, [_Row(after, row.ratios[: after.windows])]
-        self._ids = [self._ids[0][:tokens]]
+        from safetensors.torch import save_file
 
-    def _beginning(self, number: int) -> Cursor:
-        """Where the sequence stood when a window began, of windows that do not overlap."""
-        kept = (
-            len(closing(self.settings, ratio, sink=0 if window else self.settings.sink).keep)
-            for window, ratio in enumerate(self._rows[0].ratios[:number])
-        )
-        return Cursor(number * self.settings.hop, sum(kept), 0, number)
+        tensors = {
+            f"{row}.{layer}.{name}": tensor.cpu().contiguous()
+            for row, layers in enumerate(self._memory.rows)
+            for layer, held in enumerate(layers)
+            if held is not None
+            for name, tensor in zip(held._fields, held, strict=True)
+        }
+        content = {
+            "settings": self.settings.to_json(),
+            "ratios": self._ratios.to_json(),
+            "batched": self._batched,
+            "ids": self._ids,
+            "rows": [{"cursor": asdict(row.cursor), "ratios": row.ratios} for row in self._rows],
+        }
+        with atomic_folder(path, KIND, {"model": weights_digest(self._model)}) as folder:
+            save_file(tensors, str(folder / "memory.safetensors"))
+            (folder / "session.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path, loaded: LoadedModel) -> BeaconSession:
+        """The session that `save` wrote, on the same model; its generator is a new one in the state of that time.
+
+        Raises:
+            NotFoundError, IntegrityError: The folder is not whole.
+            IncompatibleError: It was read by another model, adapter or beacons.
+        """
+        from safetensors.torch import load_file
+
+        manifest = verify_folder(path, KIND)
+        found = weights_digest(loaded.causal_lm)
+        if manifest.meta["model"] != found:
+            raise IncompatibleError(
+                f"{path} was read by other weights",
+                rule="A memory means something to the model that made it alone.",
+            )
+        content = json.loads((path / "session.json").read_text(encoding="utf-8"))
+        settings = BeaconSettings.from_json(content["settings"])
+        ratios = RatioSource.from_json(content["ratios"], settings)
+        session = cls(loaded, settings, generator=ratios.generator)
+        session._ratios, session._batched, session._ids = ratios, content["batched"], content["ids"]
+        session._rows = [_Row(Cursor(**row["cursor"]), tuple(row["ratios"])) for row in content["rows"]]
+        session._memory = BeaconMemory(len(session._rows), loaded.facts.layers)
+        tensors = load_file(str(path / "memory.safetensors"), device=str(loaded.device))
+        for name in {name.rsplit(".", 1)[0] for name in tensors}:
+            row, layer = (int(number) for number in name.split("."))
+            session._memory.rows[row][layer] = Rows(tensors[f"{name}.keys"], tensors[f"{name}.values"])
+        return session
 
     def stats(self) -> BeaconStats:
         """What is held now."""
@@ -319,6 +337,16 @@ class BeaconSession:
             if step.closing is not None:
                 ratios.append(ratio)
         return windows, _Row(cursor, tuple(ratios))
+
+
+def weights_digest(causal_lm: Any) -> str:
+    """Hex SHA-256 of the names and first numbers of all tensors, adapter and beacons included."""
+    digest = hashlib.sha256()
+    for name, tensor in causal_lm.named_parameters():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sample = tensor.detach().flatten()[:_DIGEST_NUMBERS].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _as_rows(ids: Ids, mask: Tensor | None) -> tuple[list[list[int]], bool]:

@@ -218,7 +218,7 @@ def _run_trainer(
 ) -> dict[str, Any]:
     pad = loaded.tokenizer.pad_token_id
     pad_id = pad if pad is not None else loaded.tokenizer.eos_token_id or 0
-    meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device, beacons=planned.beacons)
+    meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device, beacons=loaded.beacons)
     evaluator = make_evaluator(config, loaded, mesh) if config.eval_data is not None else None
     trainer = LongContextTrainer(
         config,
@@ -230,7 +230,7 @@ def _run_trainer(
         meter,
         evaluator,
         calibrator,
-        planned.beacons,
+        loaded.beacons,
     )
     from transformers import PrinterCallback
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from longlora_cli.beacon.arithmetic import held_rows, trained_positions
 from longlora_cli.beacon.choice import settings_of
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.training import trains_first_window
@@ -89,20 +90,12 @@ def _warn(
         limit = context_length
     else:
         limit = RopeRecord.of(_model_config(source)).max_position_embeddings
-    farthest = _positions(settings, int(documents.windows.max()))
+    farthest = trained_positions(settings, int(documents.windows.max()))
     if farthest > limit and settings.reserve is None:
         console.warn(
             f"positions go to {farthest:,} at ratio {min(r for r in settings.ratios if r)}, and the model was made for "
             f"{limit:,}: give a larger ratio, shorter documents, or --rope"
         )
-
-
-def _positions(settings: BeaconSettings, windows: int) -> int:
-    """Most positions in use at once: memory of the smallest ratio, a window, and its beacons."""
-    beacons = settings.hop // min(ratio for ratio in settings.ratios if ratio)
-    raw = settings.hop - beacons if 0 in settings.ratios and settings.ratio_mix != "instance-random" else 0
-    # The last window has no beacons, the one before it has, with one window's memory less.
-    return settings.sink + raw + (windows - 1) * beacons + settings.window
 
 
 def _model_config(source: ModelSource) -> Any:
@@ -132,7 +125,7 @@ def describe_beacons(
         "documents_per_step": per_step,
         "adapter": "as it is" if source.low_rank else config.adapter,
         "beacon_parameters": _beacon_parameters(source, settings),
-        "kv_rows": {str(r): _rows(settings, r, documents.longest_chunk) for r in settings.ratios},
+        "kv_rows": {str(r): held_rows(settings, r, documents.longest_chunk) for r in settings.ratios},
     }
     shown = facts | {
         "windows": "{} to {}".format(*facts["windows"]),
@@ -151,15 +144,6 @@ def describe_beacons(
         ],
     )
     return {"dry_run": True, **facts}
-
-
-def _rows(settings: BeaconSettings, ratio: int, tokens: int) -> int:
-    """Rows of keys held when a text of so many tokens was read, its open window included."""
-    closed = max(0, (tokens - settings.window) // settings.hop + 1) if tokens >= settings.window else 0
-    left = tokens - closed * settings.hop
-    kept = settings.hop // ratio if ratio else settings.hop
-    open_beacons = left // ratio if ratio and settings.position == "interleave" else 0
-    return (settings.sink if closed and ratio else 0) + closed * kept + left + open_beacons
 
 
 def _beacon_parameters(source: ModelSource, settings: BeaconSettings) -> int:

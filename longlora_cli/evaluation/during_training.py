@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from longlora_cli.beacon.choice import evaluated, settings_of
+from longlora_cli.beacon.choice import evaluated
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.training import trains_first_window, window_losses
 from longlora_cli.config import TrainConfig
@@ -63,8 +63,8 @@ def make_evaluator(config: TrainConfig, loaded: LoadedModel, mesh: Mesh) -> Eval
         DataError, NotFoundError, IncompatibleError: The data cannot be used.
     """
     assert config.eval_data is not None
-    if (beacons := settings_of(config)) is not None:
-        return _beacon_perplexity(config, evaluated(config, beacons), config.eval_data, loaded, mesh)
+    if loaded.beacons is not None:
+        return _beacon_perplexity(config, evaluated(config, loaded.beacons), config.eval_data, loaded, mesh)
     if config.eval_method == "perplexity":
         return _perplexity(config, config.eval_data, loaded, mesh)
     return _generation(config, config.eval_data, loaded, mesh)

@@ -11,6 +11,7 @@ from torch import Tensor
 from longlora_cli.beacon.ratios import RatioSource, adapted
 from longlora_cli.beacon.retrieval import refuse_no_query
 from longlora_cli.beacon.retrieval_session import RetrievalSession
+from longlora_cli.beacon.rewind import rewind, rewinds_to
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.windows import Cursor, layout, next_step
@@ -78,7 +79,7 @@ class BeaconReader:
     def _reusable(self, ids: Sequence[int], most: int) -> int:
         if self._ratio_of(len(ids)) != self._adapted:
             return 0
-        return self._session.rewinds_to(min(common_prefix(self._session.ids, ids), most))
+        return rewinds_to(self._session, min(common_prefix(self._session.ids, ids), most))
 
     def _ratio_of(self, tokens: int) -> int | None:
         """The ratio that `adapt-N` gives a text of so many tokens; None for other mixes."""
@@ -110,7 +111,7 @@ class BeaconReader:
             self.clear()
             self._adapted = self._ratio_of(len(ids))
         else:
-            self._session.rewind(self.reused)
+            rewind(self._session, self.reused)
         logits = None
         if end > self.reused:
             logits = self._run(self._session, ids[self.reused : end], advance)

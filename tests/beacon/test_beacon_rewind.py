@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_beacon_session import EXACT, IDS, PLANS, prepared
 
+from longlora_cli.beacon.rewind import rewind, rewinds_to
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.errors import SettingsError
@@ -31,10 +32,10 @@ def test_a_session_gone_back_is_one_that_never_read_more(name: str) -> None:
     blank = whole.fork()
     whole.feed(IDS)
     for asked in range(len(IDS) + 1):
-        kept = whole.rewinds_to(asked)
+        kept = rewinds_to(whole, asked)
         assert kept <= asked
         back, fresh = whole.fork(), blank.fork()
-        back.rewind(kept)
+        rewind(back, kept)
         if kept:
             fresh.feed(IDS[:kept])
         assert (back.ids, back.cursors, back.stats()) == (fresh.ids, fresh.cursors, fresh.stats())
@@ -46,7 +47,7 @@ def test_a_session_gone_back_is_one_that_never_read_more(name: str) -> None:
 def test_the_open_window_is_left_at_any_token_and_a_closed_one_at_its_beginning() -> None:
     _, session = prepared(PLANS["interleaved"])
     session.feed(IDS)  # 37 tokens: four windows of 8 and 5 tokens
-    assert [session.rewinds_to(n) for n in (0, 7, 8, 31, 32, 33, 36, 37, 99)] == [
+    assert [rewinds_to(session, n) for n in (0, 7, 8, 31, 32, 33, 36, 37, 99)] == [
         0, 0, 8, 24, 32, 33, 36, 37, 37,
     ]  # fmt: skip
 
@@ -55,13 +56,13 @@ def test_with_a_stride_below_the_window_the_closed_past_is_forgotten_as_a_whole(
     _, session = prepared(PLANS["overlapping"])
     session.feed(IDS)
     closed = session.cursors[0].windows * 4 + 4  # what had been fed when the open window began
-    assert [session.rewinds_to(n) for n in (closed - 1, closed, 37)] == [0, closed, 37]
+    assert [rewinds_to(session, n) for n in (closed - 1, closed, 37)] == [0, closed, 37]
 
 
 def test_going_back_frees_the_memory_of_what_is_forgotten() -> None:
     _, session = prepared(PLANS["interleaved"])
     session.feed(IDS)
-    session.rewind(8)
+    rewind(session, 8)
     keys = session.memory.rows[0][0]
     assert keys is not None
     assert keys.keys.untyped_storage().nbytes() == keys.keys.numel() * keys.keys.element_size()
@@ -71,7 +72,7 @@ def test_a_place_that_cannot_be_gone_back_to_is_refused() -> None:
     _, session = prepared(PLANS["interleaved"])
     session.feed(IDS)
     with pytest.raises(SettingsError, match="cannot go back to 9"):
-        session.rewind(9)
+        rewind(session, 9)
 
 
 def test_a_batch_does_not_go_back() -> None:
@@ -80,4 +81,4 @@ def test_a_batch_does_not_go_back() -> None:
     batch = BeaconSession(session.loaded, settings, generator=Random(0))
     batch.feed([IDS[:9], IDS[:12]])
     with pytest.raises(SettingsError):
-        batch.rewind(8)
+        rewind(batch, 8)

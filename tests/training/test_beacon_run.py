@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
 from longlora_cli.beacon.choice import settings_of
-from longlora_cli.beacon.loading import load_model
+from longlora_cli.beacon.loading import load_model, train_beacons
 from longlora_cli.beacon.projections import projections_of
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.training import window_losses
@@ -509,7 +509,6 @@ FIRST_STEP: dict[str, dict[str, Any]] = {
     "beacon_attention": {"beacon_attention": "step-expansion"},
     "beacon_attend_prev": {"beacon_attention": "step-expansion", "beacon_attend_prev": False},
     "beacon_sink": {"beacon_sink": 4},
-    "beacon_embed_init": {"beacon_embed_init": "bos"},
     "beacon_param": {"beacon_param": ["q", "k", "v", "o"]},
 }
 
@@ -526,6 +525,21 @@ def test_every_setting_changes_what_the_first_step_computes(command: dict[str, A
         found[name] = first_step(command, tmp_path / name, **more)
     assert len(set(found.values())) == len(found), found
     assert found["beacon_param"][0] == found["plain"][0]  # copies begin as what they copy
+
+
+def test_beacons_begin_as_the_token_that_was_asked_for(command: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="the tokenizer has no such token"):
+        first_step(command, tmp_path / "r", beacon_embed_init="bos")
+    for name, token in (("eos", 2), ("bos", 1)):
+        settings = settings_of(TrainConfig(**command, out="x", beacon_embed_init=name))
+        assert settings is not None
+        loaded = loading.load_model(ModelSection(model=command["model"], device="cpu"))
+        loaded.tokenizer.bos_token = "<|im_start|>"
+        train_beacons(loaded, settings)
+        projections = projections_of(loaded.causal_lm)
+        assert projections is not None
+        table = loaded.causal_lm.get_input_embeddings().weight
+        torch.testing.assert_close(projections.beacon_embedding[0], table[token], rtol=0, atol=0)
 
 
 def test_parallel_windows_compute_the_same_step(command: dict[str, Any], tmp_path: Path) -> None:
