@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch import Tensor
 from longlora_cli.beacon.cache import BeaconMemory, Part
 from longlora_cli.beacon.projections import BeaconProjections
 from longlora_cli.beacon.rotation import Turn, turn
-from longlora_cli.beacon.windows import WindowLayout, WindowStep
-from longlora_cli.memory.attention_segments import AttentionSegment
+from longlora_cli.beacon.windows import Closing, WindowLayout, WindowStep
+from longlora_cli.memory.attention_segments import AttentionSegment, AttentionSegments
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Pass:
     """
 
     parts: tuple[Part, ...]
-    segments: tuple[AttentionSegment, ...]
+    segments: AttentionSegments
     positions: Tensor
     beacons: Tensor
     raw: Tensor
@@ -56,26 +56,50 @@ def plan_pass(
     """
     parts: list[Part] = []
     segments: list[AttentionSegment] = []
-    positions: list[int] = []
-    beacons: list[int] = []
-    raw: list[int] = []
-    offset = 0  # of the part's rows in the keys that attention gets
+    rows = _PassRows([], [], [])
+    start = offset = 0  # of the part: among the computed rows, and in the keys that attention gets
     for sequence, windows in steps:
-        start = len(positions)
+        stop = start
         for step in windows:
-            beacons += [len(positions) + row for row in step.beacon_rows]
-            raw += [len(positions) + row for row in step.raw_rows]
-            positions += step.positions
-        part = _part(sequence, windows, start, len(positions), inv_freq, dtype)
+            rows.add(step, stop, inv_freq.device)
+            stop += step.rows
+        part = _part(sequence, windows, start, stop, inv_freq, dtype)
         segments += _segments(windows, part, offset, inv_freq.device)
         offset += part.windows[-1] + sum(len(t.rows) for t in part.turns[: len(windows) - 1])
+        start = stop
         parts.append(part)
-
-    def index(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=inv_freq.device)
-
     counts = tuple(sum(step.tokens for step in windows) for _, windows in steps)
-    return Pass(tuple(parts), tuple(segments), index(positions), index(beacons), index(raw), counts)
+    grouped = AttentionSegments(segments, inv_freq.device)
+    positions, beacons, raw = (torch.cat(pieces) for pieces in rows)
+    return Pass(tuple(parts), grouped, positions, beacons, raw, counts)
+
+
+class _PassRows(NamedTuple):
+    """Pieces of a pass's positions, beacon rows and raw rows."""
+
+    positions: list[Tensor]
+    beacons: list[Tensor]
+    raw: list[Tensor]
+
+    def add(self, step: WindowStep, first: int, device: torch.device) -> None:
+        """Add a window whose first computed row is `first`."""
+        positions, beacons, raw = _step_rows(step.layout, step.first, step.last, device)
+        self.positions.append(positions + step.memory)
+        self.beacons.append(beacons + first)
+        self.raw.append(raw + first)
+
+
+@lru_cache(maxsize=256)
+def _step_rows(
+    window: WindowLayout, first: int, last: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions behind the memory, and which rows are beacons and which raw, of a part of a window.
+
+    Kept, because windows repeat: 1,152 rows as a Python list take longer than a layer.
+    """
+    positions = torch.tensor(window.positions[first:last], dtype=torch.int64, device=device)
+    is_beacon = torch.tensor(window.beacon[first:last], device=device) >= 0
+    return positions, is_beacon.nonzero().squeeze(1), is_beacon.logical_not().nonzero().squeeze(1)
 
 
 def _part(
@@ -87,20 +111,22 @@ def _part(
     memory = first_row = windows[0].memory
     for step in windows:
         ends.append(first_row + step.last)
+        stay = None
         if step.closing is not None:
-            keep, left = (
-                turn([first_row + row for row in rows], moves, inv_freq, dtype)
-                for rows, moves in (
-                    (step.closing.keep, step.closing.keep_moves),
-                    (step.closing.stay, step.closing.stay_moves),
-                )
-            )
-            turns.append(keep)
-            stay = left
-        else:
-            stay = None
+            keep, left = _turns(step.closing, inv_freq, dtype)
+            turns.append(keep.shifted(first_row))
+            stay = left.shifted(first_row)
         first_row = ends[-1]
     return Part(sequence, start, stop, memory, tuple(ends), tuple(turns), stay)
+
+
+@lru_cache(maxsize=64)
+def _turns(closing: Closing, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Turn, Turn]:
+    """Turns of the rows that a closing window keeps, and of those that stay raw, counted within the window."""
+    return (
+        turn(closing.keep, closing.keep_moves, inv_freq, dtype),
+        turn(closing.stay, closing.stay_moves, inv_freq, dtype),
+    )
 
 
 def _segments(

@@ -32,6 +32,10 @@ class Turn:
     cos: Tensor | None
     sin: Tensor | None
 
+    def shifted(self, by: int) -> Turn:
+        """The same turn of rows that lie further back."""
+        return Turn(self.rows + by, self.cos, self.sin)
+
     def keys(self, held: Tensor) -> Tensor:
         """Keys `[kv_heads, held rows, head_dim]` -> the turned rows `[kv_heads, rows, head_dim]`."""
         taken = held.index_select(1, self.rows)

@@ -7,15 +7,18 @@ they are packed, never padded, and each equals a session of its own.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longlora_cli.beacon.cache import BeaconMemory
+from longlora_cli.beacon.cache import BeaconMemory, Rows
 from longlora_cli.beacon.passes import plan_pass, run_pass
 from longlora_cli.beacon.projections import projections_of, refuse_model
 from longlora_cli.beacon.ratios import RatioSource
@@ -24,7 +27,11 @@ from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.windows import Cursor, WindowStep, next_step
 from longlora_cli.errors import IncompatibleError, NumericError, SettingsError
 from longlora_cli.models.loading import LoadedModel
+from longlora_cli.storage import atomic_folder, verify_folder
 
+KIND = "beacon-session"
+# Numbers of each tensor that stand for it in a digest: enough to tell adapters apart, few enough to cost nothing.
+_DIGEST_NUMBERS = 256
 Ids = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
@@ -191,6 +198,63 @@ class BeaconSession:
         twin._generator = twin._ratios.generator
         return twin
 
+    def save(self, path: Path) -> None:
+        """Write everything that `load` needs to go on, as a folder that is whole or not there.
+
+        Raises:
+            SettingsError: The folder exists.
+            ResourceError: The disk is full.
+        """
+        from safetensors.torch import save_file
+
+        tensors = {
+            f"{row}.{layer}.{name}": tensor.cpu().contiguous()
+            for row, layers in enumerate(self._memory.rows)
+            for layer, held in enumerate(layers)
+            if held is not None
+            for name, tensor in zip(held._fields, held, strict=True)
+        }
+        content = {
+            "settings": self.settings.to_json(),
+            "ratios": self._ratios.to_json(),
+            "batched": self._batched,
+            "ids": self._ids,
+            "rows": [{"cursor": asdict(row.cursor), "ratios": row.ratios} for row in self._rows],
+        }
+        with atomic_folder(path, KIND, {"model": weights_digest(self._model)}) as folder:
+            save_file(tensors, str(folder / "memory.safetensors"))
+            (folder / "session.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path, loaded: LoadedModel) -> BeaconSession:
+        """The session that `save` wrote, on the same model; its generator is a new one in the state of that time.
+
+        Raises:
+            NotFoundError, IntegrityError: The folder is not whole.
+            IncompatibleError: It was read by another model, adapter or beacons.
+        """
+        from safetensors.torch import load_file
+
+        manifest = verify_folder(path, KIND)
+        found = weights_digest(loaded.causal_lm)
+        if manifest.meta["model"] != found:
+            raise IncompatibleError(
+                f"{path} was read by other weights",
+                rule="A memory means something to the model that made it alone.",
+            )
+        content = json.loads((path / "session.json").read_text(encoding="utf-8"))
+        settings = BeaconSettings.from_json(content["settings"])
+        ratios = RatioSource.from_json(content["ratios"], settings)
+        session = cls(loaded, settings, generator=ratios.generator)
+        session._ratios, session._batched, session._ids = ratios, content["batched"], content["ids"]
+        session._rows = [_Row(Cursor(**row["cursor"]), tuple(row["ratios"])) for row in content["rows"]]
+        session._memory = BeaconMemory(len(session._rows), loaded.facts.layers)
+        tensors = load_file(str(path / "memory.safetensors"), device=str(loaded.device))
+        for name in {name.rsplit(".", 1)[0] for name in tensors}:
+            row, layer = (int(number) for number in name.split("."))
+            session._memory.rows[row][layer] = Rows(tensors[f"{name}.keys"], tensors[f"{name}.values"])
+        return session
+
     def stats(self) -> BeaconStats:
         """What is held now."""
         cursors = self.cursors
@@ -273,6 +337,16 @@ class BeaconSession:
             if step.closing is not None:
                 ratios.append(ratio)
         return windows, _Row(cursor, tuple(ratios))
+
+
+def weights_digest(causal_lm: Any) -> str:
+    """Hex SHA-256 of the names and first numbers of all tensors, adapter and beacons included."""
+    digest = hashlib.sha256()
+    for name, tensor in causal_lm.named_parameters():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sample = tensor.detach().flatten()[:_DIGEST_NUMBERS].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _as_rows(ids: Ids, mask: Tensor | None) -> tuple[list[list[int]], bool]:

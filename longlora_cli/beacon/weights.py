@@ -26,8 +26,9 @@ def attach(
 ) -> BeaconProjections:
     """Put fresh beacons on a model: copies of its projections, an embedding that starts as a token's.
 
-    The model computes as before until a `BeaconSession` or `window_losses` runs beacons on it. PEFT freezes what is
-    on a model when it wraps it: attach beacons afterwards, or call `requires_grad_` on them.
+    The model computes as before until a `BeaconSession` or `window_losses` runs beacons on it. The base is frozen,
+    unless an adapter on it has decided what is trained. PEFT freezes what is on a model when it wraps it: attach
+    beacons afterwards, or call `requires_grad_` on them.
 
     Args:
         causal_lm: A transformers causal LM, also quantized, also with adapter layers in it (`LoadedModel.causal_lm`).
@@ -55,6 +56,8 @@ def attach(
             f"beacons cannot start from {settings.embed_init}: the tokenizer has no such token",
             hint=f"Use --beacon-embed-init {'bos' if settings.embed_init == 'eos' else 'eos'}.",
         )
+    if not hasattr(causal_lm, "peft_config"):
+        causal_lm.requires_grad_(False)
     decoder = causal_lm.get_decoder()
     projections = BeaconProjections(decoder, settings, decoder.get_input_embeddings().weight[token])
     decoder.add_module(SUBMODULE, projections)

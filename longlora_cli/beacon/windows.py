@@ -88,7 +88,7 @@ def _positions(rows: list[int], settings: BeaconSettings, ratio: int) -> Iterato
             yield seen + (beacon if settings.attend_prev else 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Closing:
     """What becomes of a full window; rows are counted within the window.
 

@@ -9,7 +9,7 @@ through `scaled_dot_product_attention`. The plain twin is `plain_attention`, a f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longlora_cli.errors import IncompatibleError
 from longlora_cli.memory.attention_kernels import AttentionKernel, attend, choose_kernel, refuse_backend
-from longlora_cli.memory.attention_segments import AttentionSegment, attend_segments
+from longlora_cli.memory.attention_segments import AttentionSegments, attend_segments, segment_kernel
 
 Kernels = dict[tuple[torch.device, torch.dtype, int], AttentionKernel]
 
@@ -67,7 +67,7 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         softcap: float | None = None,
         kv_heads_per_call: int = 0,
         shifted_group: int = 0,
-        segments: Sequence[AttentionSegment] | None = None,
+        segments: AttentionSegments | None = None,
         **ignored: Any,
     ) -> tuple[Tensor, None]:
         if softcap is not None:
@@ -75,7 +75,8 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         if segments is not None:
             _refuse_window(segments, sliding_window)
-            return attend_segments(query, key, value, segments, scale, dropout=dropout), None
+            fused = segment_kernel(backend, query)
+            return attend_segments(query, key, value, segments, scale, kernel=fused, dropout=dropout), None
         tokens, past = query.shape[2], key.shape[2] - query.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
         for lengths in document_lengths or ():
@@ -94,11 +95,10 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
     return attention
 
 
-def _refuse_window(segments: Sequence[AttentionSegment], sliding_window: int | None) -> None:
-    most = max(segment.key_rows for segment in segments)
-    if sliding_window is not None and most > sliding_window:
+def _refuse_window(segments: AttentionSegments, sliding_window: int | None) -> None:
+    if sliding_window is not None and segments.most_keys > sliding_window:
         raise IncompatibleError(
-            f"a memory and window of {most:,} tokens with a model that sees {sliding_window:,}",
+            f"a memory and window of {segments.most_keys:,} tokens with a model that sees {sliding_window:,}",
             rule="A sliding window would hide the beginning of the memory.",
         )
 

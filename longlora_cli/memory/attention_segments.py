@@ -3,7 +3,7 @@
 A *segment* is a run of query rows and the key rows they see: the windows of Activation Beacon (a memory, then the own
 window), several windows computed together, several sequences of any lengths packed behind each other. Without a mask a
 segment is causal and aligned at its end: the last query sees all of its keys, the one before it one less. On a GPU in
-half precision all such segments go through one call of a fused kernel; elsewhere each through
+half precision all such segments go through one call of a fused kernel, forward and backward; elsewhere each through
 `scaled_dot_product_attention`. The plain twin is `plain_segments`.
 """
 
@@ -11,12 +11,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from longlora_cli.errors import IncompatibleError
+from longlora_cli.memory.attention_choice import choose_kernel
+from longlora_cli.memory.attention_documents import Gradients
+
+_FLASH_HEAD_DIM = 256
+
+
+class OverKeys(Protocol):
+    """A fused kernel whose documents have other numbers of keys than of queries; causal, aligned at their ends.
+
+    Shapes as in `attention_kernels`: q `[queries, heads, head_dim]`, k and v `[keys, kv_heads, head_dim]`.
+    """
+
+    def forward_over(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Output as q, and log-sum-exp."""
+        ...
+
+    def backward_over(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+    ) -> Gradients:
+        """Gradients of q, k and v."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +79,87 @@ class AttentionSegment:
         return sum(stop - start for start, stop in self.keys)
 
 
+class AttentionSegments:
+    """The segments of one forward pass; what kernels need of them is made once and used by every layer.
+
+    Args:
+        segments: In the order of their queries, which follow each other.
+        device: Where keys and values are.
+
+    Raises:
+        IncompatibleError: A causal segment with fewer keys than queries.
+    """
+
+    def __init__(self, segments: Sequence[AttentionSegment], device: torch.device) -> None:
+        self.segments, self._device = tuple(segments), device
+        for segment in segments:
+            if segment.mask is None and segment.key_rows < segment.queries:
+                raise IncompatibleError(f"{segment.queries} causal queries over {segment.key_rows} keys")
+
+    @cached_property
+    def queries(self) -> int:
+        """Query rows of all segments."""
+        return sum(segment.queries for segment in self.segments)
+
+    @cached_property
+    def most_keys(self) -> int:
+        """Keys of the segment that sees most."""
+        return max(segment.key_rows for segment in self.segments)
+
+    @cached_property
+    def last_key(self) -> int:
+        """One past the last key row that a segment names."""
+        return max(stop for segment in self.segments for _, stop in segment.keys)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Queries of each segment."""
+        return [segment.queries for segment in self.segments]
+
+    @cached_property
+    def key_lengths(self) -> list[int]:
+        """Keys of each segment."""
+        return [segment.key_rows for segment in self.segments]
+
+    @cached_property
+    def fusible(self) -> bool:
+        """True when one causal call can compute all of them and it pays: single queries have better kernels."""
+        return all(segment.mask is None for segment in self.segments) and max(self.lengths) > 1
+
+    @cached_property
+    def key_index(self) -> Tensor | None:
+        """int64 `[keys]`: the keys of all segments behind each other; None when they lie so already."""
+        ranges = [span for segment in self.segments for span in segment.keys]
+        ends = [0, *(stop for _, stop in ranges)]
+        if all(start == end for (start, _), end in zip(ranges, ends, strict=False)):
+            return None
+        return torch.cat([torch.arange(start, stop, device=self._device) for start, stop in ranges])
+
+
+def segment_kernel(backend: str, query: Tensor) -> OverKeys | None:
+    """The fused kernel for segments, or None where `scaled_dot_product_attention` chooses by itself.
+
+    FlashAttention-2 as PyTorch carries it, or FlashAttention-4 when it is asked for by name: cuDNN's causal mask is
+    aligned at the first query, which is another mask.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    width = query.shape[-1]
+    if query.device.type != "cuda" or not half or width % 8 or width > _FLASH_HEAD_DIM:
+        return None
+    if backend not in ("auto", "flash", "fa4") or torch.cuda.get_device_capability(query.device)[0] < 8:
+        return None
+    kernel: Any = choose_kernel("fa4" if backend == "fa4" else "flash", query.device, query.dtype, width)
+    return kernel  # type: ignore[no-any-return]
+
+
 def attend_segments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Sequence[AttentionSegment],
+    segments: AttentionSegments,
     scale: float,
     *,
+    kernel: OverKeys | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Attention of every segment.
@@ -56,17 +170,20 @@ def attend_segments(
         value: As `key`.
         segments: See `AttentionSegment`.
         scale: Factor on the scores.
-        dropout: Of the probabilities.
+        kernel: From `segment_kernel`.
+        dropout: Of the probabilities; a fused kernel is not used with it.
 
     Returns:
         `[1, tokens, heads, head_dim]`.
 
     Raises:
-        IncompatibleError: Segments that do not cover the queries, a batch, or fewer keys than queries.
+        IncompatibleError: Segments that do not cover the queries, a batch, or keys that are not there.
     """
     _check(query, key, segments)
+    if kernel is not None and segments.fusible and not dropout:
+        return _fused(query, key, value, segments, scale, kernel)
     pieces, start = [], 0
-    for segment in segments:
+    for segment in segments.segments:
         own = query[:, :, start : start + segment.queries]
         start += segment.queries
         pieces.append(_one(own, _gather(key, segment), _gather(value, segment), segment.mask, scale, dropout))
@@ -74,19 +191,49 @@ def attend_segments(
     return out.transpose(1, 2)
 
 
-def _check(query: Tensor, key: Tensor, segments: Sequence[AttentionSegment]) -> None:
+def _check(query: Tensor, key: Tensor, segments: AttentionSegments) -> None:
     if query.shape[0] != 1:
         raise IncompatibleError(
             f"attention segments in a batch of {query.shape[0]}", rule="Rows are packed in one."
         )
-    queries = sum(segment.queries for segment in segments)
-    if queries != query.shape[2]:
-        raise IncompatibleError(f"attention segments of {queries} queries in a row of {query.shape[2]}")
-    for segment in segments:
-        if segment.key_rows < segment.queries and segment.mask is None:
-            raise IncompatibleError(f"{segment.queries} causal queries over {segment.key_rows} keys")
-        if max(stop for _, stop in segment.keys) > key.shape[2]:
-            raise IncompatibleError(f"an attention segment looks beyond the {key.shape[2]} keys")
+    if segments.queries != query.shape[2]:
+        raise IncompatibleError(
+            f"attention segments of {segments.queries} queries in a row of {query.shape[2]}"
+        )
+    if segments.last_key > key.shape[2]:
+        raise IncompatibleError(f"an attention segment looks beyond the {key.shape[2]} keys")
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, segments: AttentionSegments, scale: float, kernel: OverKeys
+) -> Tensor:
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if segments.key_index is None:
+        k, v = k[: segments.last_key], v[: segments.last_key]
+    else:
+        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
+    out: Tensor = _OverKeys.apply(q, k, v, segments.lengths, segments.key_lengths, scale, kernel)
+    return out[None]
+
+
+class _OverKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], key_lengths: list[int], scale: float,
+        kernel: OverKeys,
+    ) -> Tensor:  # fmt: skip
+        out, lse = kernel.forward_over(q, k, v, lengths, key_lengths, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = lengths, key_lengths, scale, kernel
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        lengths, key_lengths, scale, kernel = ctx.settings
+        gradients = kernel.backward_over(grad.contiguous(), q, k, v, out, lse, lengths, key_lengths, scale)
+        return (*gradients, None, None, None, None)
 
 
 def _gather(tensor: Tensor, segment: AttentionSegment) -> Tensor:
@@ -129,9 +276,7 @@ def plain_segments(
             if segment.mask is None:
                 seen = columns[: len(columns) - hidden_end]
             else:
-                seen = [
-                    column for column, see in zip(columns, segment.mask[row].tolist(), strict=True) if see
-                ]
+                seen = [c for c, visible in zip(columns, segment.mask[row].tolist(), strict=True) if visible]
             keys = key[0, :, seen].repeat_interleave(times, 0)
             values = value[0, :, seen].repeat_interleave(times, 0)
             scores = (keys @ query[0, :, start + row, :, None]).squeeze(-1) * scale

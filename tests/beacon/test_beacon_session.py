@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.weights import attach, detach
-from longlora_cli.errors import IncompatibleError, NumericError, SettingsError
+from longlora_cli.errors import IncompatibleError, IntegrityError, NumericError, SettingsError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 IDS = [int(i) for i in torch.randint(3, 64, (37,), generator=torch.Generator().manual_seed(5))]
@@ -211,6 +212,38 @@ def test_a_step_is_a_feed_of_one_token() -> None:
     session.feed(IDS[:10])
     fork = session.fork()
     assert torch.equal(session.step(IDS[10]), fork.feed([IDS[10]]))
+
+
+@pytest.mark.parametrize("ids", [IDS[:21], [IDS[:21], IDS[:9]]])
+def test_a_saved_session_goes_on_where_it_was(tmp_path: Path, ids: Any) -> None:
+    settings = BeaconSettings(window=8, ratios=(2, 4, 8, 0), sink=1)
+    model, session = prepared(settings)
+    session.feed(ids)
+    session.save(tmp_path / "session")
+    again = BeaconSession.load(tmp_path / "session", loaded(model))
+    assert again.stats() == session.stats()
+    assert again.ids == session.ids
+    more = [IDS, IDS[3:]] if isinstance(ids[0], list) else IDS
+    assert torch.equal(again.feed(more), session.feed(more))
+    assert again.stats() == session.stats()
+
+
+def test_a_session_of_other_weights_is_refused(tmp_path: Path) -> None:
+    model, session = prepared(PLANS["interleaved"])
+    session.feed(IDS)
+    session.save(tmp_path / "session")
+    model.model.beacon.layers[2]["v"].weight.data[0, 0] += 1
+    with pytest.raises(IncompatibleError, match="other weights"):
+        BeaconSession.load(tmp_path / "session", loaded(model))
+
+
+def test_a_damaged_session_is_refused(tmp_path: Path) -> None:
+    model, session = prepared(PLANS["interleaved"])
+    session.feed(IDS)
+    session.save(tmp_path / "session")
+    (tmp_path / "session" / "session.json").write_text("{}")
+    with pytest.raises(IntegrityError, match=r"session\.json"):
+        BeaconSession.load(tmp_path / "session", loaded(model))
 
 
 LEFT_PADDED = ([37, 30, 8, 1], [5, 5, 5, 5])

@@ -239,6 +239,7 @@ def test_beacons_before_an_adapter_are_beacons_after_it() -> None:
         else:
             wrapped = with_lora(model)
             attach(model, settings, eos_token_id=2, bos_token_id=1)
+            assert any("lora_A" in name for name, p in model.named_parameters() if p.requires_grad)
         model.model.beacon.requires_grad_(True)
         loss, _ = window_losses(model, settings, [IDS], [IDS])
         trained = nn.ModuleList([wrapped])
