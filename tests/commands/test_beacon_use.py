@@ -248,6 +248,13 @@ def test_retrieval_in_an_evaluation_is_told_and_takes_its_bytes(run, tmp_path):
     assert not keys[0] & keys[1]
 
 
+def test_two_ways_to_keep_the_past_are_compared_question_by_question(run, tmp_path):
+    evaluate(run, tmp_path / "full", tasks=["needle"], beacon_ratio=[0])
+    found = evaluate(run, tmp_path / "found", tasks=["needle"], compare=tmp_path / "full", **RETRIEVE)
+    assert found["comparison"]["tasks"]["needle"]["pairs"] == 2
+    assert found["comparison"]["left_out"] == []
+
+
 def test_retrieval_has_no_query_for_perplexity(run, tmp_path):
     with pytest.raises(ValueError, match="ppl asks none"):
         EvalConfig(model=str(run), tasks=["ppl"], out=tmp_path / "out", **RETRIEVE)
