@@ -24,7 +24,6 @@ from torch import Tensor
 from longlora_cli.beacon.arithmetic import held_rows
 from longlora_cli.beacon.loading import load_model
 from longlora_cli.beacon.session import BeaconSession
-from longlora_cli.generation.prefill import cache_bytes, new_cache, prefill, step
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.sections import ModelSection
 
@@ -32,23 +31,34 @@ _PREFILL_CHUNK = 4096  # what `longlora eval` and `chat` read at one time
 
 
 class FullReader:
-    """A plain cache of every token."""
+    """transformers' own cache of every token, filled a chunk at a time as `longlora eval` does it."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded, self.cache = loaded, new_cache()
+        from transformers import DynamicCache
 
+        self.loaded, self.cache, self.read = loaded, DynamicCache(), 0
+
+    @torch.no_grad()
     def feed(self, ids: list[int]) -> Tensor:
         """Logits after these tokens, `[vocabulary]`."""
-        return prefill(self.loaded, ids, self.cache, chunk=_PREFILL_CHUNK)
+        tokens = torch.tensor([ids], device=self.loaded.device)
+        for piece in tokens.split(_PREFILL_CHUNK, dim=1):
+            places = torch.arange(self.read, self.read + piece.shape[1], device=piece.device)[None]
+            out = self.loaded.hidden(piece, use_cache=True, past_key_values=self.cache, position_ids=places)
+            self.read += piece.shape[1]
+        logits: Tensor = self.loaded.causal_lm.get_output_embeddings()(out.last_hidden_state[0, -1])
+        return logits
 
     def step(self, token: int) -> Tensor:
         """Logits after one token more."""
-        return step(self.loaded, token, self.cache)
+        return self.feed([token])
 
     @property
     def kv_bytes(self) -> int:
         """Bytes held."""
-        return cache_bytes(self.cache)
+        return sum(
+            t.numel() * t.element_size() for layer in self.cache.layers for t in (layer.keys, layer.values)
+        )
 
 
 class BeaconReader:
