@@ -97,9 +97,14 @@ def _step_rows(
 
     Kept, because windows repeat: 1,152 rows as a Python list take longer than a layer.
     """
-    positions = torch.tensor(window.positions[first:last], dtype=torch.int64, device=device)
-    is_beacon = torch.tensor(window.beacon[first:last], device=device) >= 0
-    return positions, is_beacon.nonzero().squeeze(1), is_beacon.logical_not().nonzero().squeeze(1)
+    is_beacon = [number >= 0 for number in window.beacon[first:last]]
+    beacons = [row for row, beacon in enumerate(is_beacon) if beacon]
+    raw = [row for row, beacon in enumerate(is_beacon) if not beacon]
+    positions, beacon_rows, raw_rows = (
+        torch.tensor(values, dtype=torch.int64, device=device)
+        for values in (window.positions[first:last], beacons, raw)
+    )
+    return positions, beacon_rows, raw_rows
 
 
 def _part(
