@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -258,4 +259,10 @@ def make_index(settings: RetrievalSettings, device: str | torch.device = "cpu") 
             "retrieval has no index: --retrieval-method is none",
             hint="Use --retrieval-method bm25 or the folder of a dense encoder.",
         )
-    return Bm25Index() if settings.method == BM25 else DenseIndex(DenseEncoder(Path(settings.method), device))
+    return Bm25Index() if settings.method == BM25 else DenseIndex(_encoder(settings.method, str(device)))
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: str, device: str) -> DenseEncoder:
+    """One encoder for all sessions: its weights are read once, and it holds nothing of any text."""
+    return DenseEncoder(Path(folder), device)

@@ -13,8 +13,10 @@ is answered in a fork, so that nothing need be rewound.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from random import Random
 
 from torch import Tensor
@@ -35,6 +37,11 @@ from longlora_cli.beacon.swap_plan import ClosedWindow, swap_plan
 from longlora_cli.beacon.windows import Cursor, closing
 from longlora_cli.errors import SettingsError
 from longlora_cli.models.loading import LoadedModel
+from longlora_cli.storage import atomic_folder, verify_folder
+
+KIND = "beacon-retrieval-session"
+# Of a `BeaconSession`, what changes while it reads.
+_STATE = ("_memory", "_rows", "_ids", "_batched", "_ratios", "_generator")
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,61 @@ class RetrievalSession(BeaconSession):
         twin.__dict__.update(self._plain_fork().__dict__)
         twin._fine = dict(self._fine)
         return twin
+
+    def save(self, path: Path) -> None:
+        """As `BeaconSession.save`, with the fine level and how to search.
+
+        Raises:
+            SettingsError, ResourceError: As `BeaconSession.save`.
+        """
+        from safetensors.torch import save_file
+
+        self._drop_stale()
+        rows = {
+            f"{number}.{layer}.{name}": tensor
+            for number, fine in self._fine.items()
+            for layer, held in enumerate(fine.layers)
+            for name, tensor in zip(held._fields, held, strict=True)
+        }
+        content = {
+            "retrieval": asdict(self._retriever.settings),
+            "fine_ratio": self.fine_ratio,
+            "eager": self._eager,
+            "fine_ids": self._fine_ids,
+            "positions": {str(number): fine.positions for number, fine in self._fine.items()},
+        }
+        stayed = {f"{layer}.{n}": t for layer, r in enumerate(self._stayed) for n, t in r._asdict().items()}
+        with atomic_folder(path, KIND) as folder:
+            super().save(folder / "session")
+            save_file(rows, str(folder / "fine.safetensors"))
+            save_file(stayed, str(folder / "stayed.safetensors"))
+            (folder / "retrieval.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path, loaded: LoadedModel) -> RetrievalSession:
+        """The session that `save` wrote, on the same model.
+
+        Raises:
+            NotFoundError, IntegrityError, IncompatibleError: As `BeaconSession.load`.
+            SettingsError: The dense encoder's folder is no longer there.
+        """
+        from safetensors.torch import load_file
+
+        verify_folder(path, KIND)
+        plain = BeaconSession.load(path / "session", loaded)
+        content = json.loads((path / "retrieval.json").read_text(encoding="utf-8"))
+        retrieval, fine_ratio = RetrievalSettings(**content["retrieval"]), content["fine_ratio"]
+        session = cls(loaded, plain.settings, retrieval, fine_ratio=fine_ratio, eager=content["eager"])
+        session.__dict__.update({name: vars(plain)[name] for name in _STATE})
+        layers = range(loaded.facts.layers)
+        rows = load_file(str(path / "fine.safetensors"))
+        for number, positions in content["positions"].items():
+            held = [_rows_of(rows, f"{number}.{layer}") for layer in layers]
+            session._fine[int(number)] = FineWindow(tuple(held), tuple(positions))
+        session._fine_ids = content["fine_ids"]
+        if stayed := load_file(str(path / "stayed.safetensors"), device=str(loaded.device)):
+            session._stayed = [_rows_of(stayed, str(layer)) for layer in layers]
+        return session
 
     def stats(self) -> RetrievalStats:
         """As `BeaconSession.stats`, and what the fine level takes."""
@@ -201,7 +263,6 @@ class RetrievalSession(BeaconSession):
     def _begin(self, ids: object, mask: Tensor | None) -> list[list[int]]:
         rows = super()._begin(ids, mask)  # type: ignore[arg-type]
         if self._batched:
-            self.reset()
             raise SettingsError("retrieval searches the past of one sequence, not of a batch")
         return rows
 
@@ -223,6 +284,10 @@ class RetrievalSession(BeaconSession):
                 rows = [r for r in self._memory.rows[0] if r is not None]
                 self._stayed = [Rows(r.keys[:, first:].clone(), r.values[:, first:].clone()) for r in rows]
         return hidden
+
+
+def _rows_of(tensors: dict[str, Tensor], name: str) -> Rows:
+    return Rows(tensors[f"{name}.keys"], tensors[f"{name}.values"])
 
 
 def _refuse_levels(settings: BeaconSettings, fine_ratio: int) -> None:

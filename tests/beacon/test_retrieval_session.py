@@ -16,7 +16,7 @@ from longlora_cli.beacon.retrieval import RetrievalSettings, Span
 from longlora_cli.beacon.retrieval_session import RetrievalSession, open_session, split_levels
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.settings import BeaconSettings
-from longlora_cli.errors import SettingsError
+from longlora_cli.errors import IntegrityError, SettingsError
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 IDS = [int(i) for i in torch.randint(3, 64, (42,), generator=torch.Generator().manual_seed(5))]
@@ -279,6 +279,44 @@ def test_a_past_that_was_replaced_leaves_nothing_at_the_fine_level(eager: bool) 
     assert session.stats().fine_windows == 2
     session.feed(other[16:])
     assert same_bits(session.with_fine(ALL), alone.with_fine(ALL))
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_session_on_disk_goes_on_with_what_it_had_at_the_fine_level(
+    name: str, eager: bool, tmp_path: Path
+) -> None:
+    _, session = opened(PLANS[name], fine_ratio=2, eager=eager, retrieval=replace(BM25, topk=1))
+    session.feed(IDS[:22])
+    session.with_fine([Span(2, 3)])
+    session.save(tmp_path / "saved")
+    again = RetrievalSession.load(tmp_path / "saved", session.loaded)
+    assert again.stats() == session.stats()
+    assert again.stats().fine_windows > 0
+    for branch in (session, again):
+        branch.feed(IDS[22:])
+    assert same_bits(again, session)
+    assert same_bits(again.with_fine(ALL), session.with_fine(ALL))
+    assert again.retrieved(f"w{IDS[9]}") == session.retrieved(f"w{IDS[9]}") != []
+    assert again.stats() == session.stats()
+
+
+def test_a_damaged_fine_level_is_refused(tmp_path: Path) -> None:
+    _, session = opened(PLANS["interleaved"], eager=True)
+    session.feed(IDS)
+    session.save(tmp_path / "saved")
+    with (tmp_path / "saved" / "fine.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x00")
+    with pytest.raises(IntegrityError, match=r"fine\.safetensors"):
+        RetrievalSession.load(tmp_path / "saved", session.loaded)
+
+
+def test_what_was_read_after_the_last_closed_window_is_not_searched() -> None:
+    _, session = opened(PLANS["interleaved"])
+    session.feed([i for i in IDS if i != 60][:40])
+    session.feed([60])
+    assert session.retrieved("w60") == []
 
 
 def test_a_question_brings_the_tokens_that_it_names_and_its_answer_differs() -> None:
