@@ -129,7 +129,7 @@ class Chat:
             max_new_tokens=self.max_new_tokens,
             context_length=self.session.context_length,
             kv_bytes=kv_bytes,
-            more_bytes=kv_bytes - held,
+            more_bytes=max(kv_bytes - held, 0),  # a window that closes gives memory back
             free_bytes=free_bytes(self.session.loaded.device),
         )
 
