@@ -42,6 +42,8 @@ class SessionAnswerer:
 
     def answer_question(self, question: Question, max_new_tokens: int) -> Answer:
         """As `answer`, where retrieval searches the past by the question alone, as far as it can be told from it."""
+        if self._session.past.retrieval is None:
+            return self.answer(question.prompt, max_new_tokens)
         return self._answer(question.prompt, max_new_tokens, question.without_context)
 
     def _answer(self, ids: Sequence[int], max_new_tokens: int, asked: Sequence[int] | None) -> Answer:
