@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def describe_beacons(
         "window_tokens": settings.window,
         "ratios": list(settings.ratios),
         "ratio_mix": settings.ratio_mix if len(settings.ratios) > 1 else None,
-        "steps": config.steps or max(1, int(config.epochs * a_pass)),
+        "steps": config.steps or math.ceil(config.epochs * a_pass),
         "documents_per_step": per_step,
         "adapter": "as it is" if source.low_rank else config.adapter,
         "beacon_parameters": _beacon_parameters(source, settings),

@@ -109,6 +109,14 @@ def test_a_source_survives_json_and_a_fork(mix: str) -> None:
     assert first(fork) == expected
 
 
+def test_a_fork_that_runs_ahead_does_not_move_the_others() -> None:
+    ratios, untouched = source("step-random"), source("step-random")
+    fork = ratios.fork()
+    fork.of_window(20)
+    ratios.of_window(9)
+    assert first(fork) == first(ratios) == first(untouched)
+
+
 @pytest.mark.parametrize(
     ("settings", "part"),
     [

@@ -207,6 +207,19 @@ def test_a_fork_goes_its_own_way_with_the_same_ratios() -> None:
     assert fork.stats() == session.stats()
 
 
+def test_what_a_fork_draws_leaves_the_draws_of_its_origin_alone() -> None:
+    settings = BeaconSettings(window=8, ratios=(1, 2, 4, 8))
+    model, session = prepared(settings)
+    untouched = BeaconSession(loaded(model), settings, generator=Random(0))
+    session.feed(IDS[:3])
+    fork = session.fork()
+    fork.reset()
+    fork.feed(IDS)
+    session.feed(IDS[3:])
+    untouched.feed(IDS)
+    assert session.stats().ratios == untouched.stats().ratios
+
+
 def test_a_step_is_a_feed_of_one_token() -> None:
     _, session = prepared(PLANS["interleaved"])
     session.feed(IDS[:10])

@@ -184,13 +184,19 @@ def test_two_micro_batches_equal_one_batch(command: dict[str, Any], tmp_path: Pa
 
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path, adapter: str) -> None:
-    command |= {"steps": 5, "save_every": 5}
+    command |= {"steps": 5, "save_every": 5, "eval_data": command["data"][0]}
     command = beside_lora(command) if adapter == "lora" else command
     run(command, out=tmp_path / "one", accumulate=2)
     child = spawn({**command, "out": tmp_path / "two", "batch_size": 1}, 2)
     out, err = child.communicate(timeout=180)
     assert child.returncode == 0, err.decode()
     assert out.decode().count("step 5: loss") == 1
+    measured = [
+        [r["eval_nll"] for r in read_json_lines(tmp_path / name / "metrics.jsonl") if "eval_nll" in r]
+        for name in ("one", "two")
+    ]
+    assert len(measured[0]) == 1
+    assert measured[1] == pytest.approx(measured[0], rel=1e-5)
     names = [BEACONS, *([LOW_RANK] if adapter == "lora" else [])]
     for name in names:
         one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
@@ -498,6 +504,30 @@ def test_a_run_with_beacons_is_trained_on(command: dict[str, Any], tmp_path: Pat
     plain = {name: value for name, value in more.items() if "beacon" not in name and name != "adapter"}
     with pytest.raises(SettingsError, match="has beacons, and this would train without them"):
         run(plain, out=tmp_path / "third", steps=1)
+
+
+def test_beacons_are_put_on_a_run_whose_adapter_is_trained_on(
+    command: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = {name: value for name, value in command.items() if not name.startswith("beacon")}
+    run({**plain, "adapter": "lora", "lora_rank": 4}, out=tmp_path / "first", steps=2)
+    more = {name: value for name, value in command.items() if name != "adapter"} | {
+        "model": str(tmp_path / "first")
+    }
+    run(more, out=tmp_path / "second", steps=2)
+    first, second = load_file(tmp_path / "first" / LOW_RANK), load_file(tmp_path / "second" / LOW_RANK)
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "second" / BEACONS).is_file()
+    with pytest.raises(SettingsError, match="--adapter has no effect"):
+        run({**more, "adapter": "none"}, out=tmp_path / "third", steps=1)
+
+
+def test_a_pass_is_as_long_as_a_dry_run_says(command: dict[str, Any], tmp_path: Path) -> None:
+    for epochs in (1, 1.5):
+        more = {"batch_size": 3, "accumulate": 2, "epochs": epochs}
+        said = run(command, out=tmp_path / str(epochs), dry_run=True, **more)["steps"]
+        assert run(command, out=tmp_path / str(epochs), **more)["steps"] == said
 
 
 FIRST_STEP: dict[str, dict[str, Any]] = {
