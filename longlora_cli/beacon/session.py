@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -351,11 +352,11 @@ def weights_digest(causal_lm: Any) -> str:
 
 def _as_rows(ids: Ids, mask: Tensor | None) -> tuple[list[list[int]], bool]:
     """Token ids of each row without padding, and whether they are a batch."""
-    values: Any = ids.tolist() if isinstance(ids, Tensor) else ids
+    values: Any = ids.tolist() if hasattr(ids, "tolist") else ids
     if not len(values):
         raise SettingsError("there is no token to read")
-    batched = not isinstance(values[0], int)
-    rows = [list(row) for row in values] if batched else [list(values)]
+    batched = not isinstance(values[0], Integral)
+    rows = [[int(token) for token in row] for row in (values if batched else [values])]
     if mask is not None:
         marks = mask.tolist() if mask.dim() == 2 else [mask.tolist()]
         rows = [_unpadded(row, marked) for row, marked in zip(rows, marks, strict=True)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from longlora_cli.memory.attention_choice import choose_kernel
 from longlora_cli.memory.attention_documents import Gradients
 
 _FLASH_HEAD_DIM = 256
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class OverKeys(Protocol):
@@ -142,13 +143,16 @@ def segment_kernel(backend: str, query: Tensor) -> OverKeys | None:
     FlashAttention-2 as PyTorch carries it, or FlashAttention-4 when it is asked for by name: cuDNN's causal mask is
     aligned at the first query, which is another mask.
     """
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    width = query.shape[-1]
-    if query.device.type != "cuda" or not half or width % 8 or width > _FLASH_HEAD_DIM:
+    return _segment_kernel(backend, query.device, query.dtype, query.shape[-1])
+
+
+@lru_cache(maxsize=32)
+def _segment_kernel(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> OverKeys | None:
+    if device.type != "cuda" or dtype not in _HALF or head_dim % 8 or head_dim > _FLASH_HEAD_DIM:
         return None
-    if backend not in ("auto", "flash", "fa4") or torch.cuda.get_device_capability(query.device)[0] < 8:
+    if backend not in ("auto", "flash", "fa4") or torch.cuda.get_device_capability(device)[0] < 8:
         return None
-    kernel: Any = choose_kernel("fa4" if backend == "fa4" else "flash", query.device, query.dtype, width)
+    kernel: Any = choose_kernel("fa4" if backend == "fa4" else "flash", device, dtype, head_dim)
     return kernel  # type: ignore[no-any-return]
 
 
@@ -245,21 +249,22 @@ def _one(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float
 ) -> Tensor:
     """`[1, heads, queries, head_dim]` of one segment."""
-    grouped = query.shape[1] != key.shape[1]
+    times, queries, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    lower_right = mask is None and 1 < queries < keys
+    # Only flash kernels take fewer KV heads than query heads, and those know neither masks nor float32; without
+    # repeated heads PyTorch would compute all scores in float32. The bias class does not repeat them either.
+    grouped = times > 1 and not lower_right and mask is None and query.dtype in _HALF
+    if times > 1 and not grouped:
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
     sdpa = nn.functional.scaled_dot_product_attention
-    queries, keys = query.shape[2], key.shape[2]
     if mask is not None:
         return sdpa(query, key, value, attn_mask=mask, **options)
-    if queries == 1:
-        return sdpa(query, key, value, **options)
-    if queries == keys:
-        return sdpa(query, key, value, is_causal=True, **options)
+    if not lower_right:
+        return sdpa(query, key, value, is_causal=queries > 1, **options)
     from torch.nn.attention.bias import causal_lower_right
 
-    if options.pop("enable_gqa"):  # the bias class does not repeat heads
-        times = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    del options["enable_gqa"]
     return sdpa(query, key, value, attn_mask=causal_lower_right(queries, keys), **options)
 
 

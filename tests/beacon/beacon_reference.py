@@ -28,8 +28,13 @@ class ExactRotary(nn.Module):
 
     def __init__(self, inv_freq: Tensor, attention_scaling: float) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", inv_freq.double())
+        self.inv_freq = inv_freq.double()
         self.attention_scaling = attention_scaling
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExactRotary:
+        """Move with the model, but keep float64 when the weights become bf16."""
+        self.inv_freq = self.inv_freq.to(fn(self.inv_freq).device)
+        return self
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].double() * self.inv_freq

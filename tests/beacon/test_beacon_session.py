@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from beacon_reference import FAMILIES, Reference, loaded, tiny_model, with_beacons
@@ -207,6 +208,15 @@ def test_a_fork_goes_its_own_way_with_the_same_ratios() -> None:
     assert fork.stats() == session.stats()
 
 
+def test_ids_may_be_a_list_an_array_or_a_tensor() -> None:
+    _, session = prepared(PLANS["interleaved"])
+    expected = session.fork().feed(IDS)
+    array = np.array(IDS, dtype=np.int32)
+    for ids in (array, torch.tensor(IDS), list(array)):
+        assert torch.equal(session.fork().feed(ids), expected)
+        assert torch.equal(session.fork().feed([ids])[0], expected)
+
+
 def test_what_a_fork_draws_leaves_the_draws_of_its_origin_alone() -> None:
     settings = BeaconSettings(window=8, ratios=(1, 2, 4, 8))
     model, session = prepared(settings)
@@ -232,6 +242,7 @@ def test_a_saved_session_goes_on_where_it_was(tmp_path: Path, ids: Any) -> None:
     settings = BeaconSettings(window=8, ratios=(2, 4, 8, 0), sink=1)
     model, session = prepared(settings)
     session.feed(ids)
+    session.step(np.array([7, 8]) if isinstance(ids[0], list) else 7)
     session.save(tmp_path / "session")
     again = BeaconSession.load(tmp_path / "session", loaded(model))
     assert again.stats() == session.stats()
