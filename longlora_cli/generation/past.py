@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longlora_cli.beacon.retrieval import RetrievalSettings
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.windows import capacity
 from longlora_cli.errors import SettingsError
 from longlora_cli.models.source import ModelSource
 from longlora_cli.sections_past import PastSection
+
+if TYPE_CHECKING:  # it imports torch, and finished evaluations are read without
+    from longlora_cli.beacon.retrieval import RetrievalSettings
 
 FULL_BITS = 16
 """The value of `--kv-bits` that keeps keys and values in the model's own number format."""
@@ -121,6 +123,7 @@ def past_of(section: PastSection, source: ModelSource) -> Past:
 def _with_retrieval(section: PastSection, settings: BeaconSettings) -> Past:
     if section.retrieval_method == "none":
         return Past(beacon=settings)
+    from longlora_cli.beacon.retrieval import RetrievalSettings
     from longlora_cli.beacon.retrieval_session import split_levels
 
     retrieval = RetrievalSettings(
