@@ -18,6 +18,7 @@ from pydantic import model_validator
 from longlora_cli.section import Section, setting
 from longlora_cli.sections import (
     CHAT_TEMPLATE_HELP,
+    PLANNED_BY,
     AdapterSection,
     BenchmarkSection,
     ControlSection,
@@ -28,6 +29,8 @@ from longlora_cli.sections import (
     PaceSection,
     RopeSection,
 )
+from longlora_cli.sections_beacon import BeaconSection
+from longlora_cli.sections_past import PastSection
 from longlora_cli.task_names import BUILT_IN, expand, is_from_files, is_only_weighed, unknown_task
 from longlora_cli.values import Length, LengthOrAuto, Lengths, Names, Numbers, Paths, Share
 
@@ -140,7 +143,7 @@ class PrepareConfig(Section):
         return self.overlap if self.stride is None else self.max_length - self.stride
 
 
-class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, ModelSection):
+class TrainConfig(EngineSection, OptimSection, BeaconSection, AdapterSection, RopeSection, ModelSection):
     """Train an adapter that reads longer contexts."""
 
     data: Paths = setting(..., "Prepared data, one or more folders.", short="-d")
@@ -163,6 +166,8 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> TrainConfig:
+        method = self.eval_method if self.eval_data is not None else None
+        self.check_training(PLANNED_BY, self.max_length, self.rope, self.adapter, evaluates=method)
         if isinstance(self.max_length, int) and self.max_length < 8:
             raise ValueError(f"--max-length {self.max_length} is below 8")
         for name in ("eval_every", "eval_method", "eval_samples"):
@@ -173,7 +178,7 @@ class TrainConfig(EngineSection, OptimSection, AdapterSection, RopeSection, Mode
         return self
 
 
-class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, RopeSection, ModelSection):
+class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, PastSection, ModelSection):
     """Measure a base model or a run: perplexity, retrieval, generation."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -226,7 +231,6 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
     max_new_tokens: int = setting(
         64, "Longest answer; of benchmarks only where given: each has its own.", ge=1
     )
-    prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
     seed: int = setting(0, "Seed of needles, keys and haystack positions.", ge=0)
     effective_score: float = setting(
         85.6, "Per cent that a length must score to count as effective; default: RULER's.", gt=0, le=100
@@ -312,11 +316,9 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
         self.needs("split", bool(self.data or self.haystack), "no dataset is read")
         fits = self.rope != "keep" and self.rope_factor is None  # the factor is taken from the lengths
         self.needs("beyond", not (self.make or fits), "no length is refused there")
-        self.needs("max_hours", not self.make, "--make measures no model")
         generates = any(not is_only_weighed(task) for task in tasks) and not self.make
-        self.check_batch_size(generates=generates, rope=self.rope)
-        if self.max_hours is not None and self.shard is not None:
-            raise ValueError("--max-hours beside --shard: shares have to be of the same lengths")
+        self.check_pace(generates, makes=self.make, rope=self.rope, shares=self.shard is not None)
+        self.check_past(makes=self.make, scores_texts="ppl" in tasks)
         return self
 
     @model_validator(mode="after")
@@ -348,7 +350,7 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, R
         return self
 
 
-class ChatConfig(RopeSection, ModelSection):
+class ChatConfig(PastSection, ModelSection):
     """Talk with a base model or a run about long documents."""
 
     adapter: Path | None = setting(None, "Adapter folder to put on the model.")
@@ -362,7 +364,6 @@ class ChatConfig(RopeSection, ModelSection):
     temperature: float = setting(0.0, "0 takes the likeliest token; higher is more varied.", ge=0)
     top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", gt=0, le=1)
     seed: int = setting(0, "Seed of sampling.", ge=0)
-    prefill_chunk: Length = setting(4096, "Tokens read at one time before answering.", ge=1)
 
     @model_validator(mode="after")
     def _sampling_has_an_effect(self) -> ChatConfig:

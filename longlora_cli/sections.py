@@ -83,16 +83,21 @@ class PaceSection(Section):
         "Most questions answered together; auto: up to 16 of similar length, in all 32,768 tokens with their answers.",
     )
 
-    def check_batch_size(self, *, generates: bool, rope: str) -> None:
-        """Refuse a batch of what is not generated, or with positions that change with a prompt's length.
+    def check_pace(self, generates: bool, *, makes: bool, rope: str, shares: bool) -> None:
+        """Refuse a batch of what is not generated or has positions of its own, and hours of what is not whole.
 
         Args:
             generates: Something is answered by a model; perplexity and choices are not.
+            makes: Samples are only written.
             rope: How positions are stretched.
+            shares: This is one share of several.
 
         Raises:
             ValueError: One line.
         """
+        self.needs("max_hours", not makes, "--make measures no model")
+        if self.max_hours is not None and shares:
+            raise ValueError("--max-hours beside --shard: shares have to be of the same lengths")
         self.needs("batch_size", generates, "it belongs to answers that are generated")
         if rope == "dynamic" and self.batch_size not in ("auto", 1):
             raise ValueError(
@@ -192,7 +197,9 @@ class ControlSection(Section):
 class AdapterSection(Section):
     """What is trained."""
 
-    adapter: Literal["lora", "rslora", "dora", "pissa"] = setting("lora", "Kind of low-rank adapter.")
+    adapter: Literal["lora", "rslora", "dora", "pissa", "none"] = setting(
+        "lora", "Kind of low-rank adapter; none trains beacons alone."
+    )
     lora_rank: int = setting(16, "Rank of the adapter.", ge=1)
     lora_alpha: float | None = setting(None, "Scale of the adapter; default: twice the rank.", gt=0)
     lora_dropout: float = setting(0.0, "Dropout on the adapter's input.", ge=0, lt=1)
@@ -202,6 +209,12 @@ class AdapterSection(Section):
     also_train: Literal["none", "norms", "all"] = setting(
         "none", "Also train the norms, or norms and embeddings (all), as LongLoRA does."
     )
+
+    @model_validator(mode="after")
+    def _adapter_settings_have_an_effect(self) -> AdapterSection:
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "also_train"):
+            self.needs(name, self.adapter != "none", "--adapter none adds no adapter")
+        return self
 
 
 class OptimSection(Section):
@@ -235,6 +248,8 @@ PLAN_KEYS = (
     "kv_heads_per_call",
     "embedding",
 )
+PLANNED_BY = ("engine", "plan", "s2_group", "gpu_memory", "host_memory", "disk_offload", "probe")
+"""Settings of the memory plan."""
 # Parts whose value is a place; the others' are numbers.
 _PLAN_PLACES = {"offload": ("gpu", "host", "disk"), "embedding": ("gpu", "host")}
 

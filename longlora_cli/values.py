@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?)\s*([km]?)", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1024, "m": 1024 * 1024}
@@ -49,6 +49,11 @@ def parse_count_or_auto(value: Any) -> Any:
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_count(value: Any) -> Any:
+    """A whole number that may be written as text, for settings that take a few numbers only."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 def parse_size(value: Any) -> Any:
@@ -94,10 +99,12 @@ def parse_share(value: object) -> str:
 Length = Annotated[int, BeforeValidator(parse_length)]
 LengthOrAuto = Annotated[int | Literal["auto"], BeforeValidator(parse_length_or_auto)]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(parse_count_or_auto)]
+KvBits = Annotated[Literal[16, 8, 4], BeforeValidator(parse_count)]
 Size = Annotated[int, BeforeValidator(parse_size)]
 Share = Annotated[str, BeforeValidator(parse_share)]
 Names = Annotated[list[str], BeforeValidator(split_commas)]
 Numbers = Annotated[list[float], BeforeValidator(split_commas)]
+Ratios = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(split_commas)]
 Lengths = Annotated[list[Length], BeforeValidator(split_commas)]
 Paths = Annotated[list[Path], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 

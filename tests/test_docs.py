@@ -79,10 +79,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path)
         shutil.copytree(tiny_model_folder, "smollm2")
         for name in ("data", "held-out"):
             assert run(f"longlora prepare note.txt --max-length 128 --out {name} --json") == 0
+        assert run("longlora prepare book.txt --max-length 2k --out long-data --json") == 0
         grid = "--tasks passkey --haystack noise --lengths 256 --depths 1 --samples 1 --max-new-tokens 2"
         assert run(f"longlora eval {grid} --out report --json") == 0
         for name, seed in (("run", 0), ("run-a", 0), ("run-b", 1)):
             assert run(f"longlora train --data data --steps 1 --seed {seed} --out {name} --json") == 0
+        beacons = "--beacon-ratio 2,4,8 --beacon-window 64 --adapter none"
+        assert run(f"longlora train --data long-data {beacons} --steps 1 --out beacon-run --json") == 0
         measure = "--tasks needle --haystack books --lengths 512 --depths 1 --samples 1 --max-new-tokens 2"
         assert run(f"longlora eval --model builtin {measure} --out before --json") == 0
         shutil.copytree("before", "after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from longlora_cli.beacon.loading import load_model
 from longlora_cli.commands.chat_terminal import Terminal
 from longlora_cli.commands.chat_turns import Chat, checked_question, read_texts
 from longlora_cli.config import ChatConfig
@@ -12,8 +13,9 @@ from longlora_cli.console import Console, quiet_libraries
 from longlora_cli.errors import DataError, SettingsError
 from longlora_cli.generation.budget import Budget, ModelOutline, free_bytes, outline_model
 from longlora_cli.generation.conversation import Conversation
+from longlora_cli.generation.past import Past, past_of
+from longlora_cli.generation.reader import held_bytes_for
 from longlora_cli.generation.session import Session, refuse_overflow
-from longlora_cli.models.loading import load_model
 from longlora_cli.models.tokenizer import was_trained_otherwise
 
 
@@ -46,13 +48,19 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     for file in files:
         notes.print(f"{file.name}: {file.tokens:,} tokens")
     prompt = conversation.ask(question or "")
-    budget = _first_budget(len(prompt.ids), config, outline)
+    past = past_of(config, outline.source)
+    budget = _first_budget(len(prompt.ids), config, outline, past)
     if dry_run:
         notes.print(budget.describe())
-        return _plan(config, outline, budget, {file.name: file.tokens for file in files})
+        return _plan(config, outline, budget, past, {file.name: file.tokens for file in files})
     refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
     loaded = load_model(config, config, adapter=config.adapter, context_length=config.max_length)
-    session = Session(loaded, prefill_chunk=config.prefill_chunk, context_length=config.max_length)
+    session = Session(
+        loaded,
+        prefill_chunk=config.prefill_chunk,
+        context_length=config.max_length,
+        past=past,
+    )
     chat = Chat(config, console, notes, conversation, session)
     if question is not None:
         return chat.answer_once(prompt)
@@ -71,21 +79,29 @@ def _question(prompt: str) -> str:
     return checked_question(text)
 
 
-def _first_budget(prompt_tokens: int, config: ChatConfig, outline: ModelOutline) -> Budget:
+def _first_budget(prompt_tokens: int, config: ChatConfig, outline: ModelOutline, past: Past) -> Budget:
     """The budget of the first question; weights are still to be loaded."""
     needed = prompt_tokens + config.max_new_tokens
-    kv_bytes = needed * outline.facts.kv_bytes_per_token(outline.element_bytes)
+    kv_bytes = held_bytes_for(
+        past,
+        outline.facts,
+        needed,
+        element_bytes=outline.element_bytes,
+        positions=outline.positions,
+    )
     return Budget(
         prompt_tokens=prompt_tokens,
         max_new_tokens=config.max_new_tokens,
-        context_length=outline.context_length,
+        context_length=config.max_length or past.readable(outline.context_length, outline.positions),
         kv_bytes=kv_bytes,
         more_bytes=kv_bytes + outline.weights_bytes,
         free_bytes=free_bytes(outline.device),
     )
 
 
-def _plan(config: ChatConfig, outline: ModelOutline, budget: Budget, files: dict[str, int]) -> dict[str, Any]:
+def _plan(
+    config: ChatConfig, outline: ModelOutline, budget: Budget, past: Past, files: dict[str, int]
+) -> dict[str, Any]:
     return {
         "dry_run": True,
         "model": config.model,
@@ -96,6 +112,8 @@ def _plan(config: ChatConfig, outline: ModelOutline, budget: Budget, files: dict
         "max_new_tokens": budget.max_new_tokens,
         "needed_tokens": budget.needed_tokens,
         "context_length": budget.context_length,
+        "kv_bits": config.kv_bits,
+        "beacon": None if past.beacon is None else past.beacon.to_json(),
         "kv_bytes": budget.kv_bytes,
         "weights_bytes": outline.weights_bytes,
         "free_bytes": budget.free_bytes,

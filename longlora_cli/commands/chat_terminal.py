@@ -199,7 +199,9 @@ class Terminal:
         tell(
             f"  context  {held:,} of {session.context_length:,} tokens ({held / session.context_length:.0%})"
         )
-        tell(f"  KV       {size(session.kv_bytes)}, {size(session.kv_bytes_for(1))} a token")
+        tell(
+            f"  KV       {size(session.kv_bytes)}, {size(session.kv_bytes_per_token)} a token{self.chat.kv_note}"
+        )
         tell(f"  turns    {self.chat.conversation.turns}")
         if last is not None:
             tell(f"  last     {self.chat.meter(last)[1:-1]}")

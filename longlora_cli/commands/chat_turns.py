@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from longlora_cli.config import ChatConfig
 from longlora_cli.console import Console
 from longlora_cli.data.documents import find_sources, read_documents
+from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.readers import kind_of
 from longlora_cli.errors import DataError, Interrupted
 from longlora_cli.generation.budget import Budget, free_bytes
 from longlora_cli.generation.conversation import Conversation, Prompt
+from longlora_cli.generation.kv_effect import Divergence, kv_divergence
+from longlora_cli.generation.past import FULL_BITS
+from longlora_cli.generation.reader import Query
 from longlora_cli.generation.sampling import make_sampler
 from longlora_cli.generation.session import Answer, Session, refuse_overflow, stop_ids
 
 # Kinds whose text is meant and not their source.
 _BOOKS = (".txt", ".md", ".epub", ".pdf")
+
+# What a template writes around a question; retrieval does not search so many tokens before it.
+_TURN_TOKENS = 16
 
 # A shorter prompt is read before a bar could be drawn.
 _BAR_TOKENS = 512
@@ -82,6 +90,7 @@ class Chat:
         self.conversation, self.session = conversation, session
         self.max_new_tokens = config.max_new_tokens
         self.last: Answer | None = None
+        self.divergence: Divergence | None = None
         self._stop_ids = stop_ids(session.loaded)
         self._sampler = make_sampler(temperature=config.temperature, top_p=config.top_p, seed=config.seed)
 
@@ -90,6 +99,7 @@ class Chat:
         answer = self.answer(prompt)
         if answer.finish == "interrupted":
             raise Interrupted(f"interrupted after {len(answer.ids):,} tokens")
+        past = self.session.past
         return {
             "text": answer.text,
             "finish": answer.finish,
@@ -97,7 +107,10 @@ class Chat:
             "new_tokens": len(answer.ids),
             "reused_tokens": answer.reused_tokens,
             "context_length": self.session.context_length,
+            "kv_bits": past.kv_bits,
+            "beacon": None if past.beacon is None else past.beacon.to_json(),
             "kv_bytes": answer.kv_bytes,
+            "kv_divergence": None if self.divergence is None else asdict(self.divergence),
             "timings": {
                 "prefill_seconds": answer.prefill_seconds,
                 "decode_seconds": answer.decode_seconds,
@@ -116,7 +129,7 @@ class Chat:
             max_new_tokens=self.max_new_tokens,
             context_length=self.session.context_length,
             kv_bytes=kv_bytes,
-            more_bytes=kv_bytes - held,
+            more_bytes=max(kv_bytes - held, 0),  # a window that closes gives memory back
             free_bytes=free_bytes(self.session.loaded.device),
         )
 
@@ -134,12 +147,35 @@ class Chat:
         if prompt.attachments or self.last is None:
             self.notes.print(budget.describe())
         budget.refuse_memory()
+        self._measure_bits(prompt)
         answer = self._stream(prompt)
         if answer.ids or answer.finish != "interrupted":
             self.conversation.keep(prompt, answer.text, answer.ids)
         self.last = answer
         self.notes.print(self.meter(answer))
         return answer
+
+    def _measure_bits(self, prompt: Prompt) -> None:
+        """Tell once what the bits of keys and values change, as soon as a prompt is long enough to say so."""
+        if self.divergence is None:
+            self.divergence = kv_divergence(self.session.loaded, prompt.ids, self.session.past)
+            if self.divergence is not None:
+                self.notes.print(f"KV{self.kv_note}")
+
+    @property
+    def kv_note(self) -> str:
+        """Bits of keys and values where they are not the model's own, and what they change."""
+        bits, found = self.session.past.kv_bits, self.divergence
+        if self.session.past.beacon is not None:
+            return f"; {self.session.past.describe()}"
+        if bits == FULL_BITS:
+            return ""
+        if found is None:
+            return f", in {bits} bits"
+        return (
+            f" in {bits} bits: KL {found.kl:.1e} nats to full keys and values, "
+            f"over the last {found.tokens} of {found.text_tokens:,} tokens"
+        )
 
     def _stream(self, prompt: Prompt) -> Answer:
         new = len(prompt.ids) - self.session.reusable(prompt.ids)
@@ -159,9 +195,17 @@ class Chat:
                 sampler=self._sampler,
                 on_token=show,
                 advance=advance,
+                query=self._query(prompt),
             )
         self.console.stream("\n")
         return answer
+
+    def _query(self, prompt: Prompt) -> Query | None:
+        """What retrieval searches the past by: the user's newest question, without the texts read with it."""
+        if self.session.past.retrieval is None:
+            return None
+        tokens = len(safe_encoder(self.session.loaded.tokenizer).encode_batch([prompt.question])[0])
+        return Query(prompt.question, tokens + _TURN_TOKENS)
 
     def meter(self, answer: Answer) -> str:
         """One line under an answer: how full the context is, and what the answer cost."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from longlora_cli import __version__
+from longlora_cli.beacon.loading import load_model
 from longlora_cli.commands import eval_compare
 from longlora_cli.commands.eval_audits import (
     audits_of,
@@ -51,7 +52,7 @@ from longlora_cli.evaluation.sharding import Shard
 from longlora_cli.evaluation.task_scores import score_groups
 from longlora_cli.evaluation.tasks.files.registry import FAMILIES
 from longlora_cli.evaluation.train_overlap import open_train_data
-from longlora_cli.models.loading import LoadedModel, load_model
+from longlora_cli.models.loading import LoadedModel
 from longlora_cli.models.source import resolve
 from longlora_cli.models.tokenizer import load_tokenizer, was_trained_otherwise
 from longlora_cli.parallel.mesh import Mesh
@@ -90,12 +91,16 @@ def _run(
     overlap = look_at_training(plan, training, console) if whole else []
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
-    batching = choose_batching(config.batch_size, loaded)
+    batching = choose_batching(config.batch_size, loaded, plan.past)
     live = look_at(
-        loaded, rope=config.rope, chat_template=config.chat_template, rope_factor=config.rope_factor
+        loaded,
+        plan.past,
+        rope=config.rope,
+        chat_template=config.chat_template,
+        rope_factor=config.rope_factor,
     )
     started = time.perf_counter()
-    identity = model_identity(loaded)
+    identity = model_identity(loaded) | plan.past.to_json()
     plan, dropped = paced(loaded, plan, mesh, console, identity)
     try:
         if shard is not None:
@@ -174,7 +179,8 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
 
 
 def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
-    readable = readable_tokens(loaded, plan.config.rope, plan.config.rope_factor)
+    own = readable_tokens(loaded, plan.config.rope, plan.config.rope_factor)
+    readable = plan.past.readable(own, loaded.positions)
     if plan.longest > readable:
         console.warn(
             f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
@@ -204,7 +210,9 @@ def _measure(
     batching: Batching | None,
     console: Console,
 ) -> dict[str, TaskResult]:
-    answerer = SessionAnswerer(loaded, prefill_chunk=plan.config.prefill_chunk, batching=batching)
+    answerer = SessionAnswerer(
+        loaded, prefill_chunk=plan.config.prefill_chunk, past=plan.past, batching=batching
+    )
     found: dict[str, TaskResult] = {}
     shares = journal.shard.count if journal.shard is not None else 1
 

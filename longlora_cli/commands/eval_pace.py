@@ -12,6 +12,7 @@ from longlora_cli.evaluation.journal import peek
 from longlora_cli.evaluation.plan import EvalPlan
 from longlora_cli.evaluation.readings import readings
 from longlora_cli.evaluation.remaining import Finished, finished_of
+from longlora_cli.generation.reader import Query
 from longlora_cli.generation.session import Session
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.parallel.mesh import Mesh
@@ -76,13 +77,16 @@ def _decide(pace: Pace, plan: EvalPlan, processes: int, identity: Any) -> tuple[
 def measure_pace(loaded: LoadedModel, plan: EvalPlan) -> Pace:
     """Read one prompt of at most 4,096 tokens (512 on a CPU) and a few new tokens, after a short one that warms up."""
     tokens = min(PROBE_TOKENS if loaded.device.type == "cuda" else _CPU_TOKENS, plan.longest)
-    session = Session(loaded, prefill_chunk=plan.config.prefill_chunk)
+    session = Session(loaded, prefill_chunk=plan.config.prefill_chunk, past=plan.past)
     vocabulary = loaded.facts.vocabulary
 
     def say(count: int) -> Any:
         session.clear()
         ids = [(7919 * place) % vocabulary for place in range(count)]
-        return session.answer(ids, max_new_tokens=PROBE_NEW_TOKENS, stop_ids=(), allow_beyond=True)
+        query = None if plan.past.retrieval is None else Query("what is the time?", 16)
+        return session.answer(
+            ids, max_new_tokens=PROBE_NEW_TOKENS, stop_ids=(), allow_beyond=True, query=query
+        )
 
     say(min(tokens, _WARM_UP_TOKENS))
     return pace_of(loaded.facts, _linear_parameters(loaded), say(tokens))

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from longlora_cli.beacon.loading import save_trained
+from longlora_cli.commands.train_beacons import describe_beacons, plan_beacons
 from longlora_cli.commands.train_plan import PlannedTraining, describe, load_trained, plan_training
 from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console, show_log
 from longlora_cli.data.collate import collate
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.data.shorter import ShorterChunks
 from longlora_cli.errors import DataError, Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
 from longlora_cli.evaluation.during_training import check_eval_data, make_evaluator
-from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, choose_device
 from longlora_cli.models.source import ModelSource, base_folder, fingerprint, resolve
 from longlora_cli.models.tokenizer import load_tokenizer, template_sha256
@@ -60,7 +60,10 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
         _refuse_second_adapter(config, source)
         tokenizer = load_tokenizer(source.adapter or source.base, config.chat_template)
         prepared.require_tokenizer(tokenizer, config.chat_template)
-        planned = plan_training(config, prepared, source, device, mesh)
+        if config.trains_beacons:
+            planned = plan_beacons(config, prepared, source, mesh, console)
+        else:
+            planned = plan_training(config, prepared, source, device, mesh)
         context_length = planned.context_length
         facts: dict[str, Any] = {
             "data": [sha256_of(path / "manifest.json") for path in config.data],
@@ -74,6 +77,8 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
                 f"the longest context that fits is {context_length:,} tokens; {planned.cut_chunks} of "
                 f"{len(prepared)} chunks are longer and are cut there"
             )
+        if dry_run and planned.beacons is not None:
+            return describe_beacons(config, planned, source, mesh, console)
         if dry_run:
             return describe(config, planned, console)
         mesh.from_main(lambda: Run.refuse_strangers(config.out))
@@ -90,8 +95,19 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
 
 def _refuse_second_adapter(config: TrainConfig, source: ModelSource) -> None:
     """Training goes on with an adapter that `--model` brings, so settings of a fresh one would be ignored."""
+    if source.beacons is not None and not config.trains_beacons:
+        raise SettingsError(
+            f"{config.model} has beacons, and this would train without them",
+            hint="Say how they are trained on, such as --beacon-ratio 2,4,8, or train on its base.",
+        )
+    fresh = [name for name in ("beacon_param", "beacon_embed_init") if config.given(name)]
+    if source.beacons is not None and fresh:
+        raise SettingsError(
+            f"--{fresh[0].replace('_', '-')} has no effect: {config.model} has beacons, which are trained on",
+            hint="Leave it out.",
+        )
     given = [name for name in AdapterSection.model_fields if config.given(name)]
-    if source.adapter is not None and given:
+    if source.low_rank is not None and given:
         raise SettingsError(
             f"--{given[0].replace('_', '-')} has no effect: {config.model} has an adapter, which is trained on",
             hint="Leave it out, or merge the adapter first and train a new one on the merged model.",
@@ -122,7 +138,7 @@ def _train(
     newest, faults = mesh.from_main(lambda: checkpoint.newest(config.out))
     for fault in faults:
         console.warn(fault)
-    loaded = load_trained(config, newest, context_length)
+    loaded = load_trained(config, newest, context_length, planned.beacons)
     record = loaded.record(context_length)
     step, total = resumed_step(newest) if newest else (0, 0)
     if newest and mesh.is_main:
@@ -133,14 +149,7 @@ def _train(
             result: dict[str, Any] = {"steps": step}
         else:
             with show_log(console) if mesh.is_main else nullcontext():
-                engine = start_engine(loaded, planned.planner, planned.longest_batch)
-                calibrator = BatchCalibrator.of(engine, planned.planner, loaded.device)
-                try:
-                    result = _run_trainer(
-                        config, console, mesh, run_folder, planned.data, loaded, record, newest, calibrator
-                    )
-                finally:
-                    engine.close()
+                result = _run_on_engine(config, console, mesh, run_folder, planned, loaded, record, newest)
     except LongLoRAError as error:
         if mesh.is_main:
             resumable = not isinstance(error, NumericError)
@@ -159,10 +168,32 @@ def _train(
         # The note first: a run without an adapter resumes, but one with an adapter is never looked at again.
         run_folder.note(status="finished", step=result["steps"], exit_code=0, result=result)
         with atomic_folder(run_folder.adapter, "adapter", {"step": result["steps"]}) as staging:
-            adapters.save(loaded.model, loaded.tokenizer, record, staging)
-        console.print(f"trained {result['steps']} steps; the adapter is in {run_folder.adapter}")
+            save_trained(loaded, record, staging)
+        what = "adapter is" if loaded.beacons is None else "beacons are"
+        console.print(f"trained {result['steps']} steps; the {what} in {run_folder.adapter}")
     mesh.barrier()
     return {"run": str(config.out), "finished": True, **result}
+
+
+def _run_on_engine(
+    config: TrainConfig,
+    console: Console,
+    mesh: Mesh,
+    run_folder: Run,
+    planned: PlannedTraining,
+    loaded: LoadedModel,
+    record: Any,
+    newest: Path | None,
+) -> dict[str, Any]:
+    """Train with the memory engine, or with beacons without one."""
+    if planned.planner is None:
+        return _run_trainer(config, console, mesh, run_folder, planned, loaded, record, newest, None)
+    engine = start_engine(loaded, planned.planner, planned.longest_batch)
+    calibrator = BatchCalibrator.of(engine, planned.planner, loaded.device)
+    try:
+        return _run_trainer(config, console, mesh, run_folder, planned, loaded, record, newest, calibrator)
+    finally:
+        engine.close()
 
 
 def _trainable(loaded: LoadedModel) -> int:
@@ -179,7 +210,7 @@ def _run_trainer(
     console: Console,
     mesh: Mesh,
     run_folder: Run,
-    data: ChunkDataset | ShorterChunks,
+    planned: PlannedTraining,
     loaded: LoadedModel,
     record: Any,
     newest: Path | None,
@@ -187,10 +218,19 @@ def _run_trainer(
 ) -> dict[str, Any]:
     pad = loaded.tokenizer.pad_token_id
     pad_id = pad if pad is not None else loaded.tokenizer.eos_token_id or 0
-    meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device)
+    meter = StepMeter(loaded.facts, _linear_parameters(loaded), loaded.device, beacons=loaded.beacons)
     evaluator = make_evaluator(config, loaded, mesh) if config.eval_data is not None else None
     trainer = LongContextTrainer(
-        config, loaded, data, partial(collate, pad_id=pad_id), record, mesh, meter, evaluator, calibrator
+        config,
+        loaded,
+        planned.data,
+        partial(collate, pad_id=pad_id),
+        record,
+        mesh,
+        meter,
+        evaluator,
+        calibrator,
+        loaded.beacons,
     )
     from transformers import PrinterCallback
 

@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from longlora_cli.beacon.loading import load_model, train_beacons
+from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.config import TrainConfig
 from longlora_cli.console import Console
 from longlora_cli.data.dataset import ChunkDataset
+from longlora_cli.data.long_documents import LongDocuments
 from longlora_cli.data.shorter import ShorterChunks
 from longlora_cli.errors import SettingsError
 from longlora_cli.memory.calibration import Calibration
 from longlora_cli.memory.plan import MemoryPlan
 from longlora_cli.memory.planner import describe as describe_plan
 from longlora_cli.models import adapter as adapters
-from longlora_cli.models.loading import LoadedModel, choose_dtype, choose_quantization, load_model
+from longlora_cli.models.loading import LoadedModel, choose_dtype, choose_quantization
 from longlora_cli.models.source import RUN_STATE, ModelSource, base_folder
 from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.training.engine import (
@@ -46,18 +49,20 @@ class PlannedTraining:
         context_length: Tokens to train for.
         longest: Index of the longest chunk.
         longest_batch: Tokens of the largest batch.
-        planner: Its memory plans.
-        path: `fused`, `generic` or `none`.
+        planner: Its memory plans; None where there are beacons.
+        path: `fused`, `generic`, `none` or `beacons`.
         cut_chunks: Chunks that are longer than the context and are cut.
+        beacons: How beacons are trained; None without.
     """
 
-    data: ChunkDataset | ShorterChunks
+    data: ChunkDataset | ShorterChunks | LongDocuments
     context_length: int
     longest: int
     longest_batch: int
-    planner: Planner
+    planner: Planner | None
     path: str
     cut_chunks: int = 0
+    beacons: BeaconSettings | None = None
 
 
 def plan_training(
@@ -114,15 +119,20 @@ def _resumed_length(folder: Path) -> int | None:
     return None if found is None else int(found)
 
 
-def load_trained(config: TrainConfig, newest: Path | None, context_length: int) -> LoadedModel:
-    """Load the base with a fresh adapter, with the one `--model` brings, or with a checkpoint's."""
+def load_trained(
+    config: TrainConfig, newest: Path | None, context_length: int, beacons: BeaconSettings | None = None
+) -> LoadedModel:
+    """Load the base with fresh adapter and beacons, with those that `--model` brings, or with a checkpoint's."""
     torch.manual_seed(config.seed)
     if newest is not None:
         resumed = config.model_copy(update={"model": str(newest)})
-        return load_model(resumed, None, context_length=context_length, training=True)
-    loaded = load_model(config, config, context_length=context_length, training=True)
-    if not loaded.source_has_adapter:
-        loaded.model = adapters.attach(loaded.model, config, quantization=loaded.quantization)
+        loaded = load_model(resumed, None, context_length=context_length, training=True)
+    else:
+        loaded = load_model(config, config, context_length=context_length, training=True)
+        if not loaded.source_has_adapter and config.adapter != "none":
+            loaded.model = adapters.attach(loaded.model, config, quantization=loaded.quantization)
+    if beacons is not None:
+        train_beacons(loaded, beacons)
     return loaded
 
 
@@ -137,7 +147,7 @@ def describe(config: TrainConfig, planned: PlannedTraining, console: Console) ->
         "engine": planned.path,
     }
     console.table("would train", ["", ""], facts.items())
-    if planned.path == "none":
+    if planned.path == "none" or planned.planner is None:
         if config.probe:
             raise SettingsError("--probe compares a plan, and --engine none has none")
         return {"dry_run": True, **facts}
@@ -161,6 +171,7 @@ def _probe(
 ) -> dict[str, Any]:
     """Run one longest step, and say what was measured and what the plan becomes with it."""
     planner = planned.planner
+    assert planner is not None  # beacons, which have none, refuse --probe
     loaded = load_trained(config, None, planned.context_length)
     engine = start_engine(loaded, planner, planned.longest_batch)
     try:

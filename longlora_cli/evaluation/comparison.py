@@ -30,6 +30,9 @@ _NOT_OF_THE_TASK = {
         "rope_factor",
     ),
     *("rope_theta", "out", "compare", "tasks", "prefill_chunk", "effective_score", "metrics"),
+    # How what was read is kept is a fact of the model, too.
+    *("kv_bits", "beacon_ratio", "beacon_ratio_mix", "beacon_parallel_window"),
+    *("retrieval_method", "retrieval_topk", "retrieval_key_length"),
 }
 _PERPLEXITY = ("window", "stride", "bos", "docs")
 _PERPLEXITY_ONLY = {*_PERPLEXITY, "max_tokens", "short_context", "compat"}

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import torch
 
+from longlora_cli.beacon.choice import evaluated
+from longlora_cli.beacon.settings import BeaconSettings
+from longlora_cli.beacon.training import trains_first_window, window_losses
 from longlora_cli.config import TrainConfig
 from longlora_cli.data.dataset import ChunkDataset
-from longlora_cli.errors import SettingsError
+from longlora_cli.data.long_documents import LongDocuments
+from longlora_cli.errors import DataError, SettingsError
 from longlora_cli.evaluation.answerer import SessionAnswerer
 from longlora_cli.evaluation.generation import evaluate_generation
 from longlora_cli.evaluation.metrics import load_metrics
@@ -59,6 +63,8 @@ def make_evaluator(config: TrainConfig, loaded: LoadedModel, mesh: Mesh) -> Eval
         DataError, NotFoundError, IncompatibleError: The data cannot be used.
     """
     assert config.eval_data is not None
+    if loaded.beacons is not None:
+        return _beacon_perplexity(config, evaluated(config, loaded.beacons), config.eval_data, loaded, mesh)
     if config.eval_method == "perplexity":
         return _perplexity(config, config.eval_data, loaded, mesh)
     return _generation(config, config.eval_data, loaded, mesh)
@@ -73,6 +79,41 @@ def _perplexity(config: TrainConfig, path: Path, loaded: LoadedModel, mesh: Mesh
     def evaluate() -> dict[str, float]:
         losses = evaluate_chunks(loaded, mine, tile_tokens=config.loss_tile)
         sums = torch.tensor([losses.total, losses.count], dtype=torch.float64, device=loaded.device)
+        total, count = mesh.sum(sums).tolist()
+        nll = total / count
+        return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "tokens": count}
+
+    return evaluate
+
+
+def _beacon_perplexity(
+    config: TrainConfig, settings: BeaconSettings, path: Path, loaded: LoadedModel, mesh: Mesh
+) -> Evaluator:
+    """Perplexity of the documents that are longer than a window, of the tokens that training would learn."""
+    chunks = ChunkDataset.open(path)
+    chunks.require_tokenizer(loaded.tokenizer, config.chat_template)
+    documents = LongDocuments(
+        chunks, settings.window, settings.hop, learn_first=trains_first_window(settings)
+    )
+    number = min(len(documents), config.eval_samples or len(documents))
+    if not number:
+        raise DataError(
+            f"--eval-data {path} has no document longer than --beacon-window {settings.window:,}",
+            rule="A document of one window is never compressed, so it says nothing of beacons.",
+        )
+    mine = [documents[index] for index in range(mesh.rank, number, mesh.world)]
+
+    def evaluate() -> dict[str, float]:
+        sums = torch.zeros(2, dtype=torch.float64, device=loaded.device)
+        for document in mine:
+            ids, labels = (
+                torch.from_numpy(values.astype("int64"))[None].to(loaded.device)
+                for values in (document.input_ids, document.labels)
+            )
+            total, count = window_losses(
+                loaded.causal_lm, settings, ids, labels, None, tile_tokens=config.loss_tile
+            )
+            sums += torch.stack((total.double(), count.double()))
         total, count = mesh.sum(sums).tolist()
         nll = total / count
         return {"nll": nll, "perplexity": math.exp(min(nll, 700.0)), "tokens": count}

@@ -37,12 +37,14 @@ class Answer:
         finish: `eos` when the model ended it, `stop` when one of its strings was met, `length` when it was cut at the
             limit.
         reused_tokens: Tokens of the prompt that were not read again, because a cache held them.
+        kv_bytes: Keys and values held afterwards.
     """
 
     ids: list[int]
     text: str
     finish: Literal["eos", "stop", "length"]
     reused_tokens: int = 0
+    kv_bytes: int = 0
 
 
 class Answerer(Protocol):
@@ -111,6 +113,15 @@ class Question:
     follow_up: FollowUp | None = None
 
 
+@runtime_checkable
+class QuestionAnswerer(Protocol):
+    """An answerer that wants to know what is asked, not the ids alone; `predict` prefers it."""
+
+    def answer_question(self, question: Question, max_new_tokens: int) -> Answer:
+        """The likeliest continuation of the question's prompt."""
+        ...
+
+
 def hash_sample(content: Any, references: Sequence[str]) -> str:
     """SHA-256 of a question as text (JSON of its messages, or a plain text) and its references, in hex.
 
@@ -145,9 +156,9 @@ def predict(
 
     Yields:
         Rows: `key`, `task`, the question's facts, `sample_hash`, `first_tokens` of the prompt, `references`,
-        `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `seconds`; `scorer` and `extra` where
-        the question has them. `finish` is `stop` where one of its strings was met. A question with a follow-up has the
-        first answer as `reasoning`, of `reasoning_tokens`, which `new_tokens` count too.
+        `prediction`, `finish`, `prompt_tokens`, `reused_tokens`, `new_tokens`, `kv_bytes`, `seconds`; `scorer` and
+        `extra` where the question has them. `finish` is `stop` where one of its strings was met. A question with a
+        follow-up has the first answer as `reasoning`, of `reasoning_tokens`, which `new_tokens` count too.
     """
     kept = journal if journal is not None else Journal()
     mine = kept.share(questions, lambda one: text_of(one.facts))
@@ -193,7 +204,7 @@ def _asked(question: Question, max_new_tokens: int, settings: Any) -> _Asked:
 def _answered(answerer: Answerer, asked: Sequence[_Asked]) -> list[Row]:
     """The rows of questions that are answered together; each has an equal part of the seconds."""
     started = time.perf_counter()
-    answers = _answers(answerer, [one.request for one in asked])
+    answers = _first_answers(answerer, asked)
     followed = [
         (place, Request(then.ids_of(answers[place].text), then.max_new_tokens))
         for place, one in enumerate(asked)
@@ -206,6 +217,12 @@ def _answered(answerer: Answerer, asked: Sequence[_Asked]) -> list[Row]:
         _row(one, answers[place], last.get(place)) | {"seconds": seconds} | _judged_by(one.question)
         for place, one in enumerate(asked)
     ]
+
+
+def _first_answers(answerer: Answerer, asked: Sequence[_Asked]) -> list[Answer]:
+    if len(asked) == 1 and isinstance(answerer, QuestionAnswerer):
+        return [answerer.answer_question(asked[0].question, asked[0].request.max_new_tokens)]
+    return _answers(answerer, [one.request for one in asked])
 
 
 def _answers(answerer: Answerer, requests: Sequence[Request]) -> list[Answer]:
@@ -228,6 +245,7 @@ def _row(one: _Asked, first: Answer, last: Answer | None) -> Row:
         "prompt_tokens": len(question.prompt),
         "reused_tokens": first.reused_tokens,
         "new_tokens": len(answer.ids),
+        "kv_bytes": answer.kv_bytes,
     }
     if last is not None:
         row |= {"reasoning": first.text, "reasoning_tokens": len(first.ids)}
@@ -250,10 +268,11 @@ def speed(rows: Sequence[Row]) -> Row:
 
     `tokens_per_second` counts prompt tokens in full even where a cache spared reading them: it is the rate
         that a
-    user sees. `reused_tokens` says how many were spared.
+    user sees. `reused_tokens` says how many were spared, `kv_bytes` what the longest answer held.
     """
     sums = {name: sum(row[name] for row in rows) for name in _COSTS}
     tokens = sums["prompt_tokens"] + sums["new_tokens"]
+    sums["kv_bytes"] = max((row.get("kv_bytes", 0) for row in rows), default=0)
     return {**sums, "tokens_per_second": tokens / sums["seconds"] if sums["seconds"] > 0 else None}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.errors import IncompatibleError, LongLoRAError
 from longlora_cli.evaluation.audits import Audit, audit
+from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.models import rope as positions
 from longlora_cli.models.adapter_tensors import open_adapter
 from longlora_cli.models.layout import open_base
@@ -71,11 +72,19 @@ def readable_tokens(loaded: LoadedModel, rope: str, factor: float | None = None)
     return loaded.rope.max_position_embeddings if rope != "keep" else loaded.own_length
 
 
-def look_at(loaded: LoadedModel, *, rope: str, chat_template: str, rope_factor: float | None = None) -> Live:
+def look_at(
+    loaded: LoadedModel,
+    past: Past = PLAIN,
+    *,
+    rope: str,
+    chat_template: str,
+    rope_factor: float | None = None,
+) -> Live:
     """Look at a model before it is asked anything; later some positions change with the text.
 
     Args:
         loaded: The model.
+        past: How it keeps what it has read.
         rope: How positions were asked to be stretched.
         chat_template: How the template was chosen.
         rope_factor: By how much, where that was said.
@@ -87,7 +96,7 @@ def look_at(loaded: LoadedModel, *, rope: str, chat_template: str, rope_factor: 
     except IncompatibleError as error:
         fault = error.message
     return Live(
-        readable_tokens(loaded, rope, rope_factor),
+        past.readable(readable_tokens(loaded, rope, rope_factor), loaded.positions),
         loaded.rope.describe(),
         deviation,
         fault,
@@ -96,6 +105,7 @@ def look_at(loaded: LoadedModel, *, rope: str, chat_template: str, rope_factor: 
             _quantization(loaded),
             _adapter(loaded),
             audit("Attention", loaded.causal_lm.config._attn_implementation, None),
+            audit("What was read is kept as", past.describe(), None),
         ],
     )
 
@@ -155,7 +165,7 @@ def _kind_of(module: nn.Linear) -> str:
 
 def _adapter(loaded: LoadedModel) -> Audit:
     name = "Adapter"
-    if loaded.source.adapter is None:
+    if loaded.source.low_rank is None:
         return audit(name, "none", None)
     if loaded.source_has_adapter:
         difference = _logit_difference(loaded)
@@ -193,9 +203,9 @@ def _folded_difference(loaded: LoadedModel) -> tuple[int, int, float]:
     """How many of an adapter's tensors differ from the base's file in their first rows, of how many; the largest
     difference.
     """
-    assert loaded.source.adapter is not None
+    assert loaded.source.low_rank is not None
     _, layout, files = open_base(base_folder(loaded.source.base))
-    names = open_adapter(loaded.source.adapter, layout, files).changed
+    names = open_adapter(loaded.source.low_rank, layout, files).changed
     differences = []
     for name in names:
         parameter: Any = loaded.causal_lm.get_parameter(name)

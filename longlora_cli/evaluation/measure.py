@@ -42,12 +42,14 @@ class TaskResult:
 def model_identity(loaded: LoadedModel) -> dict[str, Any]:
     """What decides a model's answers, as JSON: hashes of its weights, positions, numbers and attention."""
     adapter = loaded.source.adapter
+    beacons = loaded.source.beacons
     weights = [] if adapter is None else sorted(adapter.glob("*.safetensors"))
+    weights += [] if beacons is None else sorted(beacons.glob("*.safetensors"))
     return {
         "base": loaded.source.base,
         "base_fingerprint": fingerprint(base_folder(loaded.source.base)),
         "adapter": None if adapter is None else str(adapter),
-        "adapter_folded": adapter is not None and not loaded.source_has_adapter,
+        "adapter_folded": loaded.source.low_rank is not None and not loaded.source_has_adapter,
         "adapter_sha256": [sha256_of(path) for path in weights],
         "rope": loaded.rope.to_json(),
         "own_length": loaded.own_length,

@@ -54,7 +54,7 @@ def measure_perplexity(
 ) -> TaskResult:
     """Score the plan's texts; `advance` is called with losses, `perplexity_plan.work_tokens` in all."""
     config = plan.config
-    reading = reading_of(config, plan.texts)
+    reading = reading_of(config, plan.texts, plan.past)
     kept = _Kept(journal, identity, advance)
     found, samples = [], []
     texts = list(journal.share(plan.texts))
@@ -165,7 +165,7 @@ def _window_sums(
 
         def make(block: list[Window] = block) -> Row:
             found = []
-            for _, losses in read_windows(loaded, tokens, block, chunk=chunk):
+            for _, losses in read_windows(loaded, tokens, block, chunk=chunk, past=plan.past):
                 found.append([float(losses.sum(dtype=np.float64)), len(losses)])
                 kept.advance(len(losses))
             return {"windows": found}

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from longlora_cli.evaluation.windows import Reading, Window
-from longlora_cli.generation.prefill import depends_on_length, new_cache
+from longlora_cli.generation.beacon_reader import read_hidden
+from longlora_cli.generation.cache import depends_on_length, new_cache, pieces
+from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.memory.loss import IGNORE, token_losses
 from longlora_cli.models.loading import LoadedModel
 
@@ -68,7 +71,9 @@ def tile_tokens_for(vocabulary: int) -> int:
 
 
 @torch.no_grad()
-def window_losses(loaded: LoadedModel, rows: Tensor, first: Sequence[int], *, chunk: int) -> Tensor:
+def window_losses(
+    loaded: LoadedModel, rows: Tensor, first: Sequence[int], *, chunk: int, past: Past = PLAIN
+) -> Tensor:
     """Losses of the tokens of windows of one length.
 
     Args:
@@ -76,11 +81,16 @@ def window_losses(loaded: LoadedModel, rows: Tensor, first: Sequence[int], *, ch
         rows: Token ids `[windows, tokens]`, on any device.
         first: For each window the first token (from 1) whose loss is wanted.
         chunk: Most tokens in one forward; a longer window is read in pieces against a cache.
+        past: How what was read is kept. A quantized cache is read in its blocks whatever the chunk and beacons in
+            their windows, so that each token sees what an answer at its place would see.
 
     Returns:
         `[windows, tokens]` on the CPU, float32 (float64 for a float64 model); column `i` is the loss of token
         `i`, 0 where it was not asked for.
     """
+    if past.beacon is not None and len(rows) > 1:  # a session reads one text
+        alone = zip(rows.split(1), first, strict=True)
+        return torch.cat([window_losses(loaded, row, [one], chunk=chunk, past=past) for row, one in alone])
     count, tokens = rows.shape
     rows = rows.to(loaded.device)
     labels = torch.full((count, tokens), IGNORE, device=loaded.device)
@@ -94,28 +104,36 @@ def window_losses(loaded: LoadedModel, rows: Tensor, first: Sequence[int], *, ch
 
     # Nothing follows the last token, so it need not be read. Positions that depend on the length of the
     # forward (dynamic NTK) would differ from piece to piece, so these models read a window at once.
-    if tokens - 1 <= chunk or depends_on_length(loaded):
+    if past == PLAIN and (tokens - 1 <= chunk or depends_on_length(loaded)):
         hidden = loaded.hidden(rows[:, :-1], use_cache=False).last_hidden_state
         losses = losses_of(hidden, slice(0, tokens - 1))
     else:
-        losses = torch.cat(
-            [losses_of(hidden, piece) for hidden, piece in _read_in_pieces(loaded, rows[:, :-1], chunk)],
-            dim=1,
+        parts = (
+            read_hidden(loaded, past.beacon, rows[0, :-1].tolist())
+            if past.beacon is not None
+            else _read_in_pieces(loaded, rows[:, :-1], chunk, new_cache(past.kv_bits))
         )
+        losses = torch.cat([losses_of(hidden, piece) for hidden, piece in parts], dim=1)
     return torch.cat([losses.new_zeros(count, 1), losses], dim=1)
 
 
-def _read_in_pieces(loaded: LoadedModel, rows: Tensor, chunk: int) -> Iterator[tuple[Tensor, slice]]:
-    cache = new_cache()
-    for start in range(0, rows.shape[1], chunk):
-        piece = slice(start, min(start + chunk, rows.shape[1]))
+def _read_in_pieces(
+    loaded: LoadedModel, rows: Tensor, chunk: int, cache: Any
+) -> Iterator[tuple[Tensor, slice]]:
+    for piece in starmap(slice, pieces(cache, 0, rows.shape[1], chunk)):
         positions = torch.arange(piece.start, piece.stop, device=rows.device).expand(rows.shape[0], -1)
         output = loaded.hidden(rows[:, piece], use_cache=True, past_key_values=cache, position_ids=positions)
         yield output.last_hidden_state, piece
 
 
 def read_windows(
-    loaded: LoadedModel, ids: Tensor, windows: Sequence[Window], *, bos: int | None = None, chunk: int
+    loaded: LoadedModel,
+    ids: Tensor,
+    windows: Sequence[Window],
+    *,
+    bos: int | None = None,
+    chunk: int,
+    past: Past = PLAIN,
 ) -> Iterator[tuple[Window, Float]]:
     """Each window with the losses of its tokens `first` to `stop`, float32 (float64 for a float64 model).
 
@@ -127,6 +145,7 @@ def read_windows(
         windows: Of the text; `first` may equal `start` only with a `bos`.
         bos: A token put in front of each window.
         chunk: Most tokens in one forward.
+        past: How what was read is kept.
 
     Raises:
         IncompatibleError: The model changes its logits after the head.
@@ -136,7 +155,8 @@ def read_windows(
     for group in _groups(windows, chunk, added):
         rows = torch.stack([torch.cat([*before, ids[w.start : w.stop]]) for w in group])
         first = [w.first - w.start + added for w in group]
-        for one, losses in zip(group, window_losses(loaded, rows, first, chunk=chunk).numpy(), strict=True):
+        found = window_losses(loaded, rows, first, chunk=chunk, past=past).numpy()
+        for one, losses in zip(group, found, strict=True):
             yield one, losses[one.first - one.start + added :]
 
 
@@ -171,7 +191,7 @@ def score_text(
     widened = {one: Window(one.start, one.stop, one.start + reading.first) for one in mine if one in in_curve}
     asked = [widened.get(one, one) for one in mine]
     nll, sums, curve = [], [], []
-    found = read_windows(loaded, tokens, asked, bos=reading.bos, chunk=reading.chunk)
+    found = read_windows(loaded, tokens, asked, bos=reading.bos, chunk=reading.chunk, past=reading.past)
     for one, (read, losses) in zip(mine, found, strict=True):
         scored = losses[one.first - read.first :]
         nll.append(scored)
@@ -203,7 +223,9 @@ def _short_losses(
         return None
     rows = [losses.astype(np.float32) for _, losses in curve]
     places = [(row, w) for row, (one, _) in enumerate(curve) for w in reading.short_windows(one)]
-    found = read_windows(loaded, tokens, [w for _, w in places], bos=reading.bos, chunk=reading.chunk)
+    found = read_windows(
+        loaded, tokens, [w for _, w in places], bos=reading.bos, chunk=reading.chunk, past=reading.past
+    )
     for (row, w), (_, losses) in zip(places, found, strict=True):
         start = w.first - curve[row][0].first
         rows[row][start : start + len(losses)] = losses

@@ -20,6 +20,7 @@ from longlora_cli.evaluation.peer_perplexity import (
 )
 from longlora_cli.evaluation.texts import Text
 from longlora_cli.evaluation.windows import Reading
+from longlora_cli.generation.past import PLAIN, Past
 
 
 def stride_of(config: EvalConfig) -> int:
@@ -27,7 +28,7 @@ def stride_of(config: EvalConfig) -> int:
     return config.stride if config.stride is not None else max(1, config.window // 2)
 
 
-def reading_of(config: EvalConfig, texts: Sequence[Text]) -> Reading:
+def reading_of(config: EvalConfig, texts: Sequence[Text], past: Past = PLAIN) -> Reading:
     """How the texts are read; all of them have the same BOS."""
     bos = texts[0].bos
     room = config.window - (bos is not None)
@@ -38,6 +39,7 @@ def reading_of(config: EvalConfig, texts: Sequence[Text]) -> Reading:
         short=config.short_context,
         whole=all(len(text.ids) < room for text in texts),
         chunk=config.prefill_chunk,
+        past=past,
     )
 
 

@@ -20,6 +20,8 @@ from longlora_cli.evaluation.tasks.prompts import question_of
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.request import Request
 from longlora_cli.evaluation.texts import Text, read_haystack, read_texts
+from longlora_cli.generation.past import PLAIN, Past, past_of
+from longlora_cli.models.rope import RopeRecord
 from longlora_cli.models.source import own_length, resolve
 from longlora_cli.sections import stretched_tokens
 from longlora_cli.task_names import SYNTHETIC, expand, is_from_files
@@ -40,6 +42,7 @@ class EvalPlan:
         rows: Questions of `generate`.
         haystack: Of passkey, needle and synthetic tasks.
         files: Tasks that are read from files; None without them.
+        past: How the model keeps what it has read.
     """
 
     config: EvalConfig
@@ -48,6 +51,7 @@ class EvalPlan:
     rows: list[Question] = field(default_factory=list)
     haystack: Haystack | None = None
     files: FilePlan | None = None
+    past: Past = PLAIN
 
     @property
     def tasks(self) -> list[str]:
@@ -204,8 +208,9 @@ def make_plan(config: EvalConfig, tokenizer: Any) -> EvalPlan:
     check_texts(config, texts)
     hides = bool(tasks & {passkey.TASK, needle.TASK, *SYNTHETIC})
     haystack = read_haystack(config.haystack, split=config.split) if hides else None
-    files = plan_files(config, tokenizer, _readable(config)) if config.file_tasks else None
-    plan = EvalPlan(config, tokenizer, texts, questions, haystack, files)
+    past = PLAIN if config.make else past_of(config, resolve(config.model, config.adapter))
+    files = plan_files(config, tokenizer, _readable(config, past)) if config.file_tasks else None
+    plan = EvalPlan(config, tokenizer, texts, questions, haystack, files, past)
     plan.check_lengths()
     _refuse_beyond(plan)
     return plan
@@ -216,7 +221,7 @@ def _refuse_beyond(plan: EvalPlan) -> None:
     config = plan.config
     if config.make or config.beyond or (config.rope != "keep" and config.rope_factor is None):
         return
-    readable = _readable(config)
+    readable = _readable(config, plan.past)
     if config.rope_factor is not None and resolve(config.model, config.adapter).record is None:
         needed = plan.longest / readable
         if config.rope_factor < needed:
@@ -236,10 +241,14 @@ def _refuse_beyond(plan: EvalPlan) -> None:
         )
 
 
-def _readable(config: EvalConfig) -> int:
-    """Tokens of prompt and answer: what a run was trained for, else the base's own length."""
+def _readable(config: EvalConfig, past: Past) -> int:
+    """Tokens of prompt and answer: what a run was trained for, else the base's own length, as much as beacons hold."""
     source = resolve(config.model, config.adapter)
-    return own_length(source.base) if source.record is None else source.record.context_length
+    if source.record is None:
+        own = own_length(source.base)
+        return past.readable(own, own)
+    positions = RopeRecord.from_json(source.record.rope).max_position_embeddings
+    return past.readable(source.record.context_length, positions)
 
 
 def _read_rows(paths: list[Path], max_samples: int | None, tokenizer: Any) -> list[Question]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from longlora_cli.generation.past import PLAIN, Past
+
 
 @dataclass(frozen=True)
 class Window:
@@ -106,6 +108,7 @@ class Reading:
             least about half of that; None: do not.
         whole: No text fills a window, so that texts as a whole take the place of the curve's windows.
         chunk: Most tokens in one forward. It changes nothing but rounding.
+        past: How what was read is kept.
     """
 
     window: int
@@ -114,6 +117,7 @@ class Reading:
     short: int | None = None
     whole: bool = False
     chunk: int = 4096
+    past: Past = PLAIN
 
     @property
     def text_tokens(self) -> int:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longlora_cli.generation.prefill import cache_bytes, depends_on_length, logits_of, new_cache
+from longlora_cli.generation.cache import cache_bytes, depends_on_length, new_cache
+from longlora_cli.generation.prefill import next_logits
 from longlora_cli.generation.requests import Request, shared_tokens
 from longlora_cli.generation.session import Answer, Finish
 from longlora_cli.generation.stopping import StopWatch
@@ -51,7 +52,7 @@ def answer_together(
     started = time.perf_counter()
     batch = _Batch(loaded, [request.ids for request in requests], prefill_chunk)
     rows = [_Row(loaded.tokenizer, request, frozenset(stop_ids)) for request in requests]
-    chosen = _likeliest(logits_of(loaded, batch.read()))
+    chosen = _likeliest(next_logits(loaded, batch.read()))
     read = time.perf_counter()
     kept = cache_bytes(batch.cache)
     active = list(range(len(rows)))  # the row of each of the batch's places
@@ -64,7 +65,7 @@ def answer_together(
         if 2 * len(still) <= len(active):
             batch.keep(still)
             active, chosen = [active[n] for n in still], [chosen[n] for n in still]
-        chosen = _likeliest(logits_of(loaded, batch.step(chosen)))
+        chosen = _likeliest(next_logits(loaded, batch.step(chosen)))
         kept = max(kept, cache_bytes(batch.cache))
     ended = time.perf_counter()
     count = len(rows)

@@ -29,6 +29,7 @@ class ModelOutline:
         tokenizer: The one that `load_model` will give.
         facts: Sizes of the decoder.
         context_length: Tokens it can be asked to read.
+        positions: Positions it would be built with.
         device: Where it would compute.
         element_bytes: Bytes of a key's or value's number.
         weights_bytes: About what the weights will take.
@@ -38,6 +39,7 @@ class ModelOutline:
     tokenizer: Any
     facts: ModelFacts
     context_length: int
+    positions: int
     device: torch.device
     element_bytes: int
     weights_bytes: int
@@ -60,8 +62,12 @@ def outline_model(
     facts = ModelFacts.of(config)
     if source.record is not None:
         length = source.record.context_length
+        positions = RopeRecord.from_json(source.record.rope).max_position_embeddings
     else:
-        length = extend(RopeRecord.of(config), rope, context_length, facts.head_dim).max_position_embeddings
+        positions = extend(
+            RopeRecord.of(config), rope, context_length, facts.head_dim
+        ).max_position_embeddings
+        length = positions
     has_tokenizer = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
     device = choose_device(section.device)
     dtype = section.dtype if section.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
@@ -76,6 +82,7 @@ def outline_model(
         ),
         facts=facts,
         context_length=context_length or length,
+        positions=positions,
         device=device,
         element_bytes=_ELEMENT_BYTES[dtype],
         weights_bytes=int(parameters * _QUANTIZED_BYTES.get(quantization, _ELEMENT_BYTES[dtype])),

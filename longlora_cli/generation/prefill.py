@@ -14,57 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from longlora_cli.errors import NumericError
+from longlora_cli.generation.cache import cache_length, crop, depends_on_length, exact_length, pieces
 from longlora_cli.models.loading import LoadedModel
 
 Advance = Callable[[int], None]
-
-
-def new_cache() -> Any:
-    """An empty cache in which every layer keeps every token.
-
-    It is made without the model's config on purpose: layers with a sliding window would then drop tokens, and
-    a conversation could not go back to an earlier point. The attention itself applies the window.
-    """
-    from transformers import DynamicCache
-
-    return DynamicCache()
-
-
-def cache_length(cache: Any) -> int:
-    """Tokens that every layer of the cache holds, keys and values; the valid prefix after an interruption."""
-    lengths = [_tokens(t) for layer in cache.layers for t in (layer.keys, layer.values)]
-    return min(lengths, default=0)
-
-
-def _tokens(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.shape[-2]
-
-
-def crop(cache: Any, length: int) -> None:
-    """Forget everything after the first `length` tokens.
-
-    Each tensor is cut by itself, because an interruption may have left layers, or the keys and values of one
-    layer, at different lengths. `DynamicCache.crop` cannot do that, and what its argument means changed
-    between transformers 5.17 and 5.23.
-    """
-    for layer in cache.layers:
-        if layer.is_initialized:
-            layer.keys = layer.keys[..., :length, :]
-            layer.values = layer.values[..., :length, :]
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values held."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def depends_on_length(loaded: LoadedModel) -> bool:
-    """True when the rotary frequencies change with the number of tokens, as those of dynamic NTK do.
-
-    Keys computed at one length then differ from those at another, so that neither chunks nor reuse are exact.
-    """
-    return bool(loaded.rope.parameters["rope_type"] in ("dynamic", "longrope"))
 
 
 @torch.no_grad()
@@ -77,9 +30,9 @@ def prefill(
         loaded: The model.
         ids: Token ids that come after the cached ones, at least one.
         cache: From `new_cache`; it grows by `len(ids)`. When this call is ended by an exception (Ctrl-C, out
-            of memory), it is cut back to the chunks that were done.
-        chunk: Tokens run at one time. Not used for positions that depend on the length: they are read at
-            once.
+            of memory), it is cut back to the chunks that were done, or a quantized cache to its last whole block.
+        chunk: Most tokens run at one time; before a quantized cache a chunk ends where a block does. Not used
+            for positions that depend on the length: they are read at once.
         advance: Called after each chunk with its number of tokens.
 
     Returns:
@@ -100,23 +53,24 @@ def prefill(
     tokens = torch.tensor([list(ids)], device=loaded.device)
     hidden = None
     try:
-        for start in range(0, len(ids), chunk):
-            piece = tokens[:, start : start + chunk]
-            hidden = _run(loaded, piece, cache, done)
-            done += piece.shape[1]
+        first = done
+        for start, stop in pieces(cache, first, first + len(ids), chunk):
+            hidden = _run(loaded, tokens[:, start - first : stop - first], cache, start)
+            done = stop
             if advance is not None:
-                advance(piece.shape[1])
+                advance(stop - start)
     except BaseException:
-        crop(cache, done)
+        crop(cache, exact_length(cache, done))
         raise
-    return logits_of(loaded, hidden)
+    assert hidden is not None  # there was at least one piece
+    return next_logits(loaded, hidden)
 
 
 @torch.no_grad()
 def step(loaded: LoadedModel, token: int, cache: Any) -> Tensor:
     """Run one token after what `cache` holds; logits of the next one, `[vocabulary]`."""
     ids = torch.tensor([[token]], device=loaded.device)
-    return logits_of(loaded, _run(loaded, ids, cache, cache_length(cache)))
+    return next_logits(loaded, _run(loaded, ids, cache, cache_length(cache)))
 
 
 def _run(loaded: LoadedModel, ids: Tensor, cache: Any, past: int) -> Tensor:
@@ -126,9 +80,12 @@ def _run(loaded: LoadedModel, ids: Tensor, cache: Any, past: int) -> Tensor:
     return hidden[0, -1]
 
 
-def logits_of(loaded: LoadedModel, hidden: Tensor | None) -> Tensor:
-    """What may follow: `[..., width]` -> `[..., vocabulary]`; see `prefill` for the error."""
-    assert hidden is not None
+def next_logits(loaded: LoadedModel, hidden: Tensor) -> Tensor:
+    """Logits of the tokens after those with these last hidden states: `[..., width]` -> `[..., vocabulary]`.
+
+    Raises:
+        NumericError: They are not finite numbers.
+    """
     weight = loaded.head_weight()
     logits = nn.functional.linear(hidden.to(weight.dtype), weight)
     if not bool(torch.isfinite(logits).all()):

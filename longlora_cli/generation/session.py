@@ -1,8 +1,8 @@
 """One model and what it has read: answers that run only the tokens which are new.
 
-A session keeps a key/value cache and the exact ids in it. A prompt that begins with the same ids goes on from
-there; the longest common prefix is found on ids, never on text. What was interrupted leaves a valid prefix
-behind.
+A session reads with a `Reader`, which keeps the past and the exact ids of it. A prompt that begins with the same ids
+goes on from there; the longest common prefix is found on ids, never on text. What was interrupted leaves a valid
+prefix behind.
 """
 
 from __future__ import annotations
@@ -17,20 +17,15 @@ from torch import Tensor
 
 from longlora_cli.data.chat_template import end_token_id
 from longlora_cli.errors import SettingsError
-from longlora_cli.generation.prefill import (
-    Advance,
-    cache_bytes,
-    cache_length,
-    crop,
-    depends_on_length,
-    new_cache,
-    prefill,
-    step,
-)
+from longlora_cli.generation.past import PLAIN, Past
+from longlora_cli.generation.prefill import Advance
+from longlora_cli.generation.reader import Query, Reader, held_bytes_for, open_reader
 from longlora_cli.generation.sampling import Sampler, greedy
 from longlora_cli.generation.stopping import StopWatch
 from longlora_cli.generation.text_stream import TextStream
 from longlora_cli.models.loading import LoadedModel
+
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 Finish = Literal["eos", "stop", "length", "interrupted"]
 OnToken = Callable[[int, str], None]
@@ -101,54 +96,64 @@ def refuse_overflow(prompt_tokens: int, max_new_tokens: int, limit: int) -> None
 
 
 class Session:
-    """A model with the cache of one conversation.
+    """A model with the past of one conversation.
 
     Args:
         loaded: The model; several sessions may share it when its positions do not depend on the length.
         prefill_chunk: Tokens of a prompt run at one time.
-        context_length: Most tokens of prompt and answer; default: the model's.
+        context_length: Most tokens of prompt and answer; default: what fits the model's positions.
+        past: How what was read is kept.
+
+    Raises:
+        SettingsError: The model's keys and values cannot be held so.
     """
 
     def __init__(
-        self, loaded: LoadedModel, *, prefill_chunk: int = 4096, context_length: int | None = None
+        self,
+        loaded: LoadedModel,
+        *,
+        prefill_chunk: int = 4096,
+        context_length: int | None = None,
+        past: Past = PLAIN,
     ) -> None:
         self.loaded = loaded
-        self.prefill_chunk = prefill_chunk
-        self.context_length = context_length or loaded.context_length
-        self._cache = new_cache()
-        # Always what the cache holds or is about to hold, so that `ids` is right wherever an interruption
-        # struck.
-        self._ids: list[int] = []
+        self.past = past
+        self.context_length = context_length or past.readable(loaded.context_length, loaded.positions)
+        self._reader: Reader = open_reader(loaded, past, prefill_chunk=prefill_chunk)
 
     @property
     def ids(self) -> list[int]:
-        """The token ids whose keys and values are held."""
-        return self._ids[: cache_length(self._cache)]
+        """The token ids that were read and are held."""
+        return self._reader.ids
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values held now."""
-        return cache_bytes(self._cache)
+        return self._reader.kv_bytes
 
     def kv_bytes_for(self, tokens: int) -> int:
         """Bytes of keys and values that this many tokens will take; known before they are run."""
-        element_bytes = 4 if self.loaded.dtype == "fp32" else 2
-        return tokens * self.loaded.facts.kv_bytes_per_token(element_bytes)
+        return held_bytes_for(
+            self.past,
+            self.loaded.facts,
+            tokens,
+            element_bytes=_ELEMENT_BYTES[self.loaded.dtype],
+            positions=self.loaded.positions,
+        )
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that a token takes in a long text."""
+        tokens = 1 << 16
+        return self.kv_bytes_for(tokens) // tokens
 
     def reusable(self, ids: Sequence[int]) -> int:
         """How many of these tokens need not be run. The last always is, for its logits."""
-        if depends_on_length(self.loaded):
-            return 0
-        common = 0
-        for held, asked in zip(self.ids, ids, strict=False):
-            if held != asked:
-                break
-            common += 1
-        return min(common, len(ids) - 1)
+        return self._reader.reusable(ids)
 
     def clear(self) -> None:
         """Forget everything and free the memory."""
-        self._cache, self._ids = new_cache(), []
+        self._reader.clear()
 
     def answer(
         self,
@@ -161,11 +166,12 @@ class Session:
         on_token: OnToken | None = None,
         advance: Advance | None = None,
         allow_beyond: bool = False,
+        query: Query | None = None,
     ) -> Answer:
         """Read a prompt and answer it.
 
         Args:
-            ids: The whole prompt, at least one token; what the cache holds of it is not run again.
+            ids: The whole prompt, at least one token; what is held of it is not run again.
             max_new_tokens: Most tokens of the answer.
             stop_ids: Tokens that end it.
             stop: Strings that end it; its text still holds the one that was met (`stopping.cut_at`).
@@ -174,6 +180,7 @@ class Session:
                 the last id once more if a text was unfinished.
             advance: Called with the number of prompt tokens just run.
             allow_beyond: Measure a model beyond its context length on purpose.
+            query: What retrieval searches the past by; needed where the past is kept with retrieval.
 
         Returns:
             The answer. Ctrl-C is not raised: it gives what was said so far, with `finish="interrupted"`.
@@ -189,51 +196,47 @@ class Session:
             refuse_overflow(len(ids), max_new_tokens, self.context_length)
         watch = StopWatch(self.loaded.tokenizer, stop) if stop else None
         run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token, watch)
-        reused = self.reusable(ids)
         try:
-            self._say(run, list(ids), reused, advance)
+            self._say(run, ids, advance, query)
         except KeyboardInterrupt:
             run.finish = "interrupted"
-        return run.result(prompt_tokens=len(ids), reused_tokens=reused, kv_bytes=self.kv_bytes)
+        return run.result(prompt_tokens=len(ids), reused_tokens=self._reader.reused, kv_bytes=self.kv_bytes)
 
-    def log_likelihoods(self, ids: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+    def log_likelihoods(
+        self,
+        ids: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        *,
+        query: Query | None = None,
+    ) -> list[float]:
         """Natural logarithm of the probability of each continuation after `ids`, which are read once.
 
         Args:
-            ids: The shared prompt, at least one token; what the cache holds of it is not run again.
-            continuations: Token ids, at least one each. The cache forgets each before the next one is run.
+            ids: The shared prompt, at least one token; what is held of it is not run again.
+            continuations: Token ids, at least one each. Each is forgotten before the next one is run.
+            query: As of `answer`.
 
         Raises:
             NumericError: See `prefill`.
         """
         if not ids:
             raise ValueError("a prompt has at least one token")
-        prompt = list(ids)
-        first = self._read(prompt, self.reusable(prompt), None).float().log_softmax(-1)
+        first = self._reader.read(ids, None, query).float().log_softmax(-1)
+        end = self._reader.mark()
         found = []
         for continuation in continuations:
             total = float(first[continuation[0]])
             for before, token in pairwise(continuation):
-                total += float(step(self.loaded, before, self._cache).float().log_softmax(-1)[token])
-            crop(self._cache, len(prompt))
+                total += float(self._reader.step(before).float().log_softmax(-1)[token])
+            self._reader.back_to(end)
             found.append(total)
         return found
 
-    def _say(self, run: _Run, ids: list[int], reused: int, advance: Advance | None) -> None:
-        run.accept(self._read(ids, reused, advance))
+    def _say(self, run: _Run, ids: Sequence[int], advance: Advance | None, query: Query | None) -> None:
+        run.accept(self._reader.read(ids, advance, query))
         while run.finish is None:
-            # Noted before it is run: `ids` then covers the cache at every moment.
-            self._ids.append(run.ids[-1])
-            run.accept(step(self.loaded, run.ids[-1], self._cache))
+            run.accept(self._reader.step(run.ids[-1]))
         run.flush()
-
-    def _read(self, ids: list[int], reused: int, advance: Advance | None) -> Tensor:
-        if reused == 0:
-            self._cache = new_cache()  # and free the old one before the new one grows
-        else:
-            crop(self._cache, reused)
-        self._ids = ids
-        return prefill(self.loaded, ids[reused:], self._cache, chunk=self.prefill_chunk, advance=advance)
 
 
 class _Run:

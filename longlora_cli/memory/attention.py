@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longlora_cli.errors import IncompatibleError
 from longlora_cli.memory.attention_kernels import AttentionKernel, attend, choose_kernel, refuse_backend
+from longlora_cli.memory.attention_segments import AttentionSegments, attend_segments, segment_kernel
 
 Kernels = dict[tuple[torch.device, torch.dtype, int], AttentionKernel]
 
@@ -62,7 +63,8 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
 
     Any keyword given to `model(...)` arrives here, among them `document_lengths` (for each row of the batch its
     documents' tokens), `gap` (a `Gap` in keys that are cached), `kv_heads_per_call` and `shifted_group` (see
-    `attention_kernels.attend_forward`).
+    `attention_kernels.attend_forward`), and `segments` (see `attention_segments.attend_segments`), which say by
+    themselves who sees whom.
     """
     kernels: Kernels = {}
 
@@ -81,16 +83,21 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         gap: Gap | None = None,
         kv_heads_per_call: int = 0,
         shifted_group: int = 0,
+        segments: AttentionSegments | None = None,
         **ignored: Any,
     ) -> tuple[Tensor, None]:
         if softcap is not None:
             raise IncompatibleError("attention with a soft cap on its scores is not supported")
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        if segments is not None:
+            _refuse_window(segments, sliding_window)
+            fused = segment_kernel(backend, query)
+            return attend_segments(query, key, value, segments, scale, kernel=fused, dropout=dropout), None
         tokens, past = query.shape[2], key.shape[2] - query.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
         for lengths in document_lengths or ():
             if sum(lengths) != tokens or past:
                 raise IncompatibleError(f"documents of {sum(lengths)} tokens in a row of {tokens}")
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
         if gap is not None:
             if document_lengths is not None or shifted_group or dropout:
                 raise IncompatibleError("a gap works without documents, shifted attention and dropout")
@@ -106,6 +113,14 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         return out, None
 
     return attention
+
+
+def _refuse_window(segments: AttentionSegments, sliding_window: int | None) -> None:
+    if sliding_window is not None and segments.most_keys > sliding_window:
+        raise IncompatibleError(
+            f"a memory and window of {segments.most_keys:,} tokens with a model that sees {sliding_window:,}",
+            rule="A sliding window would hide the beginning of the memory.",
+        )
 
 
 def _kernel(kernels: Kernels, backend: str, query: Tensor) -> AttentionKernel:

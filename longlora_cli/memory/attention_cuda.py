@@ -96,9 +96,22 @@ class FlashKernel:
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `AttentionKernel.forward`."""
+        return self.forward_over(q, k, v, lengths, lengths, scale)
+
+    def forward_over(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `attention_segments.OverKeys`."""
         starts, longest = document_starts(tuple(lengths), q.device), max(lengths)
+        key_starts, longest_keys = document_starts(tuple(key_lengths), q.device), max(key_lengths)
         out, lse, *_ = _ATEN._flash_attention_forward.default(
-            q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scale
+            q, k, v, starts, key_starts, longest, longest_keys, 0.0, True, False, scale=scale
         )
         return out, lse
 
@@ -116,12 +129,29 @@ class FlashKernel:
         overwrite: bool = False,
     ) -> Gradients:
         """See `AttentionKernel.backward`; never uses the memory it may overwrite."""
+        return self.backward_over(grad, q, k, v, out, lse, lengths, lengths, scale)
+
+    def backward_over(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+    ) -> Gradients:
+        """See `attention_segments.OverKeys`."""
         starts, longest = document_starts(tuple(lengths), q.device), max(lengths)
+        key_starts, longest_keys = document_starts(tuple(key_lengths), q.device), max(key_lengths)
         # Random state of the dropout that is not used.
         random, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         dq, dk, dv = _ATEN._flash_attention_backward.default(
-            grad, q, k, v, out, lse, starts, starts, longest, longest, 0.0, True, random, unused, scale=scale
-        )
+            grad, q, k, v, out, lse, starts, key_starts, longest, longest_keys, 0.0, True, random, unused,
+            scale=scale,
+        )  # fmt: skip
         return dq, dk, dv
 
 

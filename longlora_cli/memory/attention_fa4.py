@@ -103,6 +103,55 @@ class Fa4Kernel:
             )
         return (dq[0], dk[0], dv[0]) if one else (dq, dk, dv)
 
+    def forward_over(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """See `attention_segments.OverKeys`; its causal mask, too, is aligned at the last query and key."""
+        with torch.cuda.device(q.device):
+            out, lse, *_ = self._forward(
+                q=q,
+                k=k,
+                v=v,
+                **_starts(lengths, key_lengths, q.device),
+                softmax_scale=scale,
+                causal=True,
+                return_lse=True,
+            )
+        return out, lse
+
+    def backward_over(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+    ) -> Gradients:
+        """See `attention_segments.OverKeys`."""
+        with torch.cuda.device(q.device):
+            dq, dk, dv, *_ = self._backward(
+                q=q,
+                k=k,
+                v=v,
+                out=out,
+                dout=grad,
+                lse=lse,
+                **_starts(lengths, key_lengths, q.device),
+                softmax_scale=scale,
+                causal=True,
+            )
+        return dq, dk, dv
+
     @staticmethod
     def _targets(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
         """Which gradients may be written over their operands.
@@ -120,7 +169,13 @@ def _operands(one: bool, **tensors: Tensor) -> dict[str, Tensor]:
 
 
 def _packing(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    if len(lengths) == 1:
-        return {}
-    starts, longest = document_starts(tuple(lengths), device), max(lengths)
-    return {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return {} if len(lengths) == 1 else _starts(lengths, lengths, device)
+
+
+def _starts(lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": document_starts(tuple(lengths), device),
+        "cu_seqlens_k": document_starts(tuple(key_lengths), device),
+        "max_seqlen_q": max(lengths),
+        "max_seqlen_k": max(key_lengths),
+    }

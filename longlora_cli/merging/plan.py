@@ -164,6 +164,13 @@ def read_ingredients(names: Sequence[str], model: str | None) -> list[Ingredient
 
 def _read(name: str, model: str | None, bases: dict[Path, Base]) -> Ingredient:
     source = resolve(name)
+    if source.beacons is not None:
+        raise IncompatibleError(
+            f"{name} has beacons, which no plain model can hold",
+            rule="Their projections act on beacons alone, and a plain model has none: the merged folder would read "
+            "as if they had never been trained.",
+            hint="Use the run as it is with longlora eval and chat.",
+        )
     base_name = model if model is not None and source.adapter is not None else source.base
     folder = base_folder(base_name).resolve()
     if folder not in bases:

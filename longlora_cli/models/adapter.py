@@ -91,8 +91,13 @@ def save(model: Any, tokenizer: Any, record: AdapterRecord, folder: Path) -> Non
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     for config in model.peft_config.values():
         config.inference_mode = False
-    tokenizer.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    save_companions(tokenizer, record, folder)
+
+
+def save_companions(tokenizer: Any, record: AdapterRecord, folder: Path) -> None:
+    """Write the tokenizer and the record into a staging folder: what nothing trained must be separated from."""
+    tokenizer.save_pretrained(str(folder))
     (folder / RECORD).write_text(record.to_json(), encoding="utf-8")
 
 

@@ -77,6 +77,7 @@ class LoadedModel:
         dtype: `fp32`, `bf16` or `fp16`.
         quantization: `none`, `nf4` or `int8`.
         own_length: Tokens the base was made for, before any stretching.
+        beacons: `BeaconSettings` of the beacons on the model (`beacon.loading`); None for a plain model.
     """
 
     model: Any
@@ -88,6 +89,7 @@ class LoadedModel:
     dtype: str
     quantization: str
     own_length: int
+    beacons: Any = None
 
     @property
     def causal_lm(self) -> Any:
@@ -106,6 +108,11 @@ class LoadedModel:
             return self.source.record.context_length
         own, parameters = self.rope.max_position_embeddings, self.rope.parameters
         return int(own * parameters["factor"]) if parameters["rope_type"] == "dynamic" else own
+
+    @property
+    def positions(self) -> int:
+        """Positions it was built with: with beacons more tokens than that can be read."""
+        return self.rope.max_position_embeddings
 
     def hidden(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The decoder without its head: `[batch, tokens]` -> `last_hidden_state` `[batch, tokens, width]` and more."""
@@ -141,6 +148,7 @@ def load_model(
     adapter: Path | None = None,
     context_length: int | None = None,
     training: bool = False,
+    with_beacons: bool = False,
 ) -> LoadedModel:
     """Load a base, or a base with its adapter.
 
@@ -151,40 +159,39 @@ def load_model(
         context_length: Tokens to read; gives the stretching its factor.
         training: Adapter tensors stay trainable, beside the weights, and large bases are quantized by default. Else an
             adapter is folded into unquantized weights.
+        with_beacons: The caller puts the source's beacons on the model, as `beacon.loading.load_model` does. Else a
+            source that has some is refused: without them it would be another model.
 
     Raises:
         NotFoundError, DataError, SecurityError: From `resolve` and `base_folder`.
         SettingsError: An adapter of another base, or settings the model cannot have.
-        IncompatibleError: Positions cannot be verified or an adapter does not fit.
+        IncompatibleError: Positions cannot be verified, an adapter does not fit, or beacons are of another base.
         NumericError: From `fold`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = resolve(section.model, adapter)
     folder = base_folder(source.base)
     _refuse_other_base(source, folder)
+    if source.beacons is not None and not with_beacons:
+        raise IncompatibleError(
+            f"{source.adapter} has beacons, which this cannot read",
+            hint="Load it with longlora_cli.beacon.loading.load_model.",
+        )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     facts, own = ModelFacts.of(config), RopeRecord.of(config)
     record = _positions(source, own, rope, context_length, facts)
     record.apply(config)
     device, dtype = choose_device(section.device), choose_dtype(section)
     quantization = choose_quantization(section, source, folder, training=training)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=DTYPES[dtype],
-        attn_implementation=attention_name(section.attention, device),
-        quantization_config=_quantizer(quantization, DTYPES[dtype]),
-        device_map={"": device},
-        trust_remote_code=False,
-    )
+    model = _read_weights(folder, config, section.attention, device, DTYPES[dtype], quantization)
     keep_layout(model)
     positions.verify(model, record, facts.head_dim)
     model.config.use_cache = False  # caches are made where they are used; a default one would leak
-    if source.adapter is not None:
+    if source.low_rank is not None:
         foldable = not training and quantization == "none"
-        if not (foldable and fold(model, folder, source.adapter, source.record)):
-            model = adapters.load(model, source.adapter, trainable=training)
+        if not (foldable and fold(model, folder, source.low_rank, source.record)):
+            model = adapters.load(model, source.low_rank, trainable=training)
     own_tokenizer = source.adapter is not None and (source.adapter / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(
         source.adapter if own_tokenizer and source.adapter else source.base, section.chat_template
@@ -196,13 +203,37 @@ def load_model(
     )
 
 
+def _read_weights(
+    folder: Path,
+    config: Any,
+    attention: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str,
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention_name(attention, device),
+        quantization_config=_quantizer(quantization, dtype),
+        device_map={"": device},
+        trust_remote_code=False,
+    )
+
+
 def _refuse_other_base(source: ModelSource, folder: Path) -> None:
     if source.record is None:
         return
     found = fingerprint(folder)
     if found != source.record.base_fingerprint:
-        raise SettingsError(
-            f"{source.adapter} is an adapter of another base than {source.base}",
+        kind, what = (
+            (IncompatibleError, "has beacons") if source.beacons else (SettingsError, "is an adapter")
+        )
+        raise kind(
+            f"{source.adapter} {what} of another base than {source.base}",
             rule=f"It was trained on {source.record.base} (fingerprint {source.record.base_fingerprint[:12]}, "
             f"found {found[:12]}).",
             hint="Give the base it was trained on.",

@@ -16,7 +16,10 @@ from longlora_cli.storage import verify_folder
 BUILTIN = "builtin"
 RECORD = "longlora.json"
 RUN_STATE = "run.json"
+BEACONS = "beacon"
+"""Folder of beacon weights inside an adapter folder."""
 _PEFT_CONFIG = "adapter_config.json"
+_BEACON_CONFIG = "beacon.json"
 # Keys with which a config.json has made loaders run code from the model folder (CVE-2026-4372, CVE-2026-5241).
 _CODE_KEYS = ("_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 _SAMPLE_BYTES = 4096
@@ -65,13 +68,25 @@ class ModelSource:
 
     Args:
         base: `builtin`, a folder or a hub name.
-        adapter: Adapter or checkpoint folder, verified against its manifest when it has one.
+        adapter: Adapter or checkpoint folder, verified against its manifest when it has one. It holds low-rank
+            matrices, beacons or both.
         record: What was written beside the adapter.
     """
 
     base: str
     adapter: Path | None = None
     record: AdapterRecord | None = None
+
+    @property
+    def low_rank(self) -> Path | None:
+        """The adapter folder, if there are PEFT's files in it."""
+        return self.adapter if self.adapter and (self.adapter / _PEFT_CONFIG).is_file() else None
+
+    @property
+    def beacons(self) -> Path | None:
+        """The folder of its beacon weights, if it has any."""
+        folder = self.adapter / BEACONS if self.adapter else None
+        return folder if folder and (folder / _BEACON_CONFIG).is_file() else None
 
 
 def resolve(name: str, adapter: Path | None = None) -> ModelSource:
@@ -91,7 +106,7 @@ def resolve(name: str, adapter: Path | None = None) -> ModelSource:
     if name != BUILTIN and folder.is_dir():
         if (folder / RUN_STATE).is_file():
             return _from_adapter(_adapter_of_run(folder))
-        if (folder / _PEFT_CONFIG).is_file():
+        if _is_adapter(folder):
             return _from_adapter(folder)
         if not (folder / "config.json").is_file():
             raise DataError(
@@ -113,10 +128,18 @@ def _adapter_of_run(run: Path) -> Path:
     )
 
 
+def _is_adapter(folder: Path) -> bool:
+    return (folder / _PEFT_CONFIG).is_file() or (folder / BEACONS / _BEACON_CONFIG).is_file()
+
+
 def _from_adapter(folder: Path) -> ModelSource:
     path, record = _read_adapter(folder)
     if record is not None:
         return ModelSource(record.base, path, record)
+    if not (folder / _PEFT_CONFIG).is_file():
+        raise IntegrityError(
+            f"{folder / RECORD} is missing", rule="Beacons belong to one base, which it names."
+        )
     base = json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise DataError(f"{folder} does not name its base model", hint="Give it: --model BASE --adapter ...")
@@ -126,7 +149,7 @@ def _from_adapter(folder: Path) -> ModelSource:
 def _read_adapter(folder: Path) -> tuple[Path, AdapterRecord | None]:
     if (folder / RUN_STATE).is_file():
         folder = _adapter_of_run(folder)
-    if not (folder / _PEFT_CONFIG).is_file():
+    if not _is_adapter(folder):
         raise NotFoundError(f"{folder} is not an adapter: it has no {_PEFT_CONFIG}")
     record = AdapterRecord.read(folder)
     if record is not None:  # ours, so it has a manifest

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.models.loading import ModelFacts
 
 # Dense bf16 TFLOP/s as the makers state them, for MFU; unknown chips get no MFU.
@@ -33,6 +34,25 @@ def training_flops(facts: ModelFacts, linear_parameters: int, document_lengths: 
     return 4.0 * linear_parameters * tokens + attention
 
 
+def beacon_flops(facts: ModelFacts, linear_parameters: int, tokens: int, settings: BeaconSettings) -> float:
+    """FLOPs that a step over a document needs when it is read in windows, the ratios taken as equally frequent.
+
+    As `training_flops`, but beacons are rows too, and a window's rows see the memory before it and each other. The
+    gradients of beacon weights and what a checkpointed window computes again are not counted.
+    """
+    share = sum(1 / ratio if ratio else 0.0 for ratio in settings.ratios) / len(settings.ratios)
+    kept = sum(1 / ratio if ratio else 1.0 for ratio in settings.ratios) / len(settings.ratios)
+    rows, pairs, memory, left = 0.0, 0.0, 0.0, tokens
+    while left > 0:
+        fed = min(settings.window, left)
+        own = fed * (1 + share) if left > settings.window else fed  # the last window has no beacons
+        rows += own
+        pairs += own * memory + own * own / 2
+        memory += settings.hop * kept
+        left -= settings.hop if left > settings.window else left
+    return 4.0 * linear_parameters * rows + 3.5 * 4 * pairs * facts.heads * facts.head_dim * facts.layers
+
+
 @dataclass
 class StepMeter:
     """Counts over the steps since the last log line.
@@ -41,11 +61,13 @@ class StepMeter:
         facts: Sizes of the model.
         linear_parameters: Parameters of its linear layers, the head included.
         device: Whose memory is watched.
+        beacons: How documents are read in windows; None where they are read whole.
     """
 
     facts: ModelFacts
     linear_parameters: int
     device: torch.device
+    beacons: BeaconSettings | None = None
     tokens: int = 0
     flops: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
@@ -59,6 +81,10 @@ class StepMeter:
     def count(self, document_lengths: list[list[int]]) -> None:
         """Add a micro-batch."""
         for row in document_lengths:
+            if self.beacons is not None:  # behind its document a row has padding, which is not read
+                self.tokens += row[0]
+                self.flops += beacon_flops(self.facts, self.linear_parameters, row[0], self.beacons)
+                continue
             self.tokens += sum(row)
             self.flops += training_flops(self.facts, self.linear_parameters, row)
 

@@ -30,6 +30,7 @@ RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 # Settings that may change when a run is resumed: they do not touch what is learnt.
 _FREE = {
     *("out", "log_every", "save_every", "keep_checkpoints", "report_to", "eval_every", "eval_samples"),
+    *("eval_beacon_ratio", "beacon_parallel_window"),
     # Where activations wait, and which code computes the same gradients: a run may move to another machine.
     *("engine", "plan", "gpu_memory", "host_memory", "disk_offload", "loss_tile", "probe", "attention"),
 }

@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from longlora_cli.beacon.loading import save_trained
+from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.config import TrainConfig
 from longlora_cli.data.chunk_cost import chunk_costs
+from longlora_cli.data.long_documents import LongDocuments
 from longlora_cli.errors import NumericError
-from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.models.source import AdapterRecord
 from longlora_cli.parallel.mesh import Mesh
 from longlora_cli.training import checkpoint
 from longlora_cli.training.calibrator import BatchCalibrator
 from longlora_cli.training.meter import StepMeter, release_memory
+from longlora_cli.training.objective import BeaconObjective
 from longlora_cli.training.step_sampler import StepSampler
+from longlora_cli.training.window_sampler import WindowSampler
 
 Evaluator = Callable[[], dict[str, float]]
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -85,6 +89,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         meter: Counts tokens, FLOPs and memory.
         evaluator: Returns metrics of the model as it is; None without evaluation data.
         calibrator: Corrects the memory plans by what batches take; None leaves them as they are.
+        beacons: How beacons are trained; None without.
     """
 
     def __init__(
@@ -98,9 +103,19 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         meter: StepMeter,
         evaluator: Evaluator | None = None,
         calibrator: BatchCalibrator | None = None,
+        beacons: BeaconSettings | None = None,
     ) -> None:
+        called: nn.Module = loaded.model
+        if beacons is not None:
+            called = BeaconObjective(
+                loaded,
+                beacons,
+                seed=config.seed,
+                step=lambda: int(self.state.global_step),
+                tile_tokens=config.loss_tile,
+            )
         super().__init__(
-            model=loaded.model,
+            model=called,
             args=training_arguments(config, loaded, mesh),
             train_dataset=data,
             eval_dataset=data
@@ -118,14 +133,20 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         self.saved_step = -1
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler | WindowSampler:
         """Random steps; within a step chunks of similar cost side by side, so that processes wait less."""
         data = self.train_dataset if train_dataset is None else train_dataset
-        costs = chunk_costs([data.document_lengths(index) for index in range(len(data))], data.cost)
         args = self.args
         step_chunks = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.mesh.world
-        # At the start of a pass `state.epoch` is its whole number, and a part more when a run goes on within it.
-        return StepSampler(costs, self.args.seed, step_chunks, lambda: int((self.state.epoch or 0.0) + 1e-6))
+
+        def epoch() -> int:
+            # At the start of a pass `state.epoch` is its whole number, and a part more when a run goes on within it.
+            return int((self.state.epoch or 0.0) + 1e-6)
+
+        if isinstance(data, LongDocuments):
+            return WindowSampler(data.windows, args.seed, step_chunks, epoch)
+        costs = chunk_costs([data.document_lengths(index) for index in range(len(data))], data.cost)
+        return StepSampler(costs, args.seed, step_chunks, epoch)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch forward and backward, counted; peaks are reset at the first of a step."""
@@ -200,7 +221,7 @@ class LongContextTrainer(Trainer):  # type: ignore[misc]
         self.meter.restart()
 
     def _write_model(self, staging: Path) -> None:
-        adapters.save(self.loaded.model, self.loaded.tokenizer, self.record, staging)
+        save_trained(self.loaded, self.record, staging)
         self._note_callbacks()
         self.state.save_to_json(str(staging / "trainer_state.json"))
 

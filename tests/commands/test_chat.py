@@ -405,3 +405,33 @@ def test_a_long_line_arrives_whole_in_a_terminal_and_ctrl_d_leaves(talkative):
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
+
+
+def test_fewer_bits_are_told_with_their_bytes_and_what_they_change(talkative, tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("the mill by the river " * 60)
+    asked = {"prompt": "who?", "file": [tmp_path / "note.txt"]}
+    planned = chat(talkative, dry_run=True, kv_bits=8, **asked)
+    full, found = chat(talkative, **asked), chat(talkative, kv_bits=8, **asked)
+    assert (found["kv_bits"], planned["kv_bits"], full["kv_bits"]) == (8, 8, 16)
+    assert full["prompt_tokens"] > 256
+    assert found["kv_bytes"] < full["kv_bytes"]
+    # The plan counts the last token of the answer too, which is never run.
+    assert found["kv_bytes"] == planned["kv_bytes"] - full["kv_bytes"] // (full["prompt_tokens"] + 11)
+    assert full["kv_divergence"] is None
+    assert 0 < found["kv_divergence"]["kl"] < 1e-3
+    assert "KV in 8 bits: KL" in capsys.readouterr().err
+
+
+def test_stats_tell_the_bits_and_bytes_of_a_token(talkative, stdin, capsys):
+    stdin(b"hello\n/stats\n")
+    chat(talkative, kv_bits=4)
+    told = capsys.readouterr().err
+    # 128 numbers: half a byte each and 48 bytes of scales and offsets, in place of 4 bytes each.
+    assert "0.1 KiB a token, in 4 bits" in told
+
+
+def test_a_command_line_takes_the_bits(talkative, capsys):
+    assert exit_code("-m", talkative, "-p", "hi", "--kv-bits", "8", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["kv_bits"] == 8
+    assert exit_code("-m", talkative, "-p", "hi", "--kv-bits", "7", "--dry-run") == 2
+    assert "--kv-bits" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from longlora_cli.beacon.settings import BeaconSettings
+from longlora_cli.beacon.weights import attach
 from longlora_cli.models import adapter as adapters
 from longlora_cli.models.loading import LoadedModel, load_model
 from longlora_cli.sections import AdapterSection, ModelSection
@@ -57,7 +59,7 @@ def make_folder(
 def make_loaded(
     make_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], LoadedModel]:
-    """Loaded models by kind, each made once: tied, untied, sliding, adapter, nf4, dynamic."""
+    """Loaded models by kind, each made once: tied, untied, sliding, adapter, nf4, dynamic, beacons."""
     known: dict[str, LoadedModel] = {}
 
     def adapted() -> LoadedModel:
@@ -72,6 +74,16 @@ def make_loaded(
             adapters.save(base.model, base.tokenizer, base.record(LENGTH), staging)
         return load(target)
 
+    def with_beacons() -> LoadedModel:
+        loaded = load(make_folder("beacons"))
+        settings = BeaconSettings(window=32, ratios=(4,), sink=1)
+        beacons = attach(loaded.causal_lm, settings, eos_token_id=2, bos_token_id=1)
+        torch.manual_seed(2)
+        for parameter in beacons.parameters():  # beacons that differ from what they began as
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        loaded.beacons = settings
+        return loaded
+
     dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
     makers: dict[str, Callable[[], LoadedModel]] = {
         "tied": lambda: load(make_folder("tied")),
@@ -82,6 +94,7 @@ def make_loaded(
             )
         ),
         "adapter": adapted,
+        "beacons": with_beacons,
         "bf16": lambda: load(make_folder("bf16"), dtype="bf16"),
         "nf4": lambda: load(make_folder("nf4"), quantization="nf4"),
         "dynamic": lambda: load(make_folder("dynamic", max_position_embeddings=32, rope_parameters=dynamic)),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from longlora_cli.errors import NumericError
-from longlora_cli.generation.prefill import cache_bytes, cache_length, crop, new_cache, prefill, step
+from longlora_cli.generation.cache import cache_bytes, cache_length, crop, new_cache
+from longlora_cli.generation.prefill import prefill, step
 
 KINDS = ["tied", "untied", "sliding", "adapter", "nf4"]
 

@@ -16,8 +16,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.errors import SettingsError
 from longlora_cli.generation.conversation import Conversation
+from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.generation.sampling import make_sampler
 from longlora_cli.generation.session import Session, refuse_overflow, stop_ids
 
@@ -251,10 +253,11 @@ class Talk(RuleBasedStateMachine):
     """A conversation with undo, retry, edits and interruptions; every answer is compared with a cold one."""
 
     loaded = None
+    past = PLAIN
 
     @initialize()
     def begin(self):
-        self.session = Session(self.loaded, prefill_chunk=16)
+        self.session = Session(self.loaded, prefill_chunk=16, past=self.past)
         self.conversation = Conversation(self.loaded.tokenizer)
 
     def answer(self, question, **options):
@@ -262,7 +265,7 @@ class Talk(RuleBasedStateMachine):
         if len(prompt.ids) > 400:
             return
         answer = ask(self.session, prompt.ids, new=6, **options)
-        cold = ask(Session(self.loaded, prefill_chunk=50), prompt.ids, new=6)
+        cold = ask(Session(self.loaded, prefill_chunk=50, past=self.past), prompt.ids, new=6)
         assert answer.ids == cold.ids[: len(answer.ids)]
         if answer.finish != "interrupted":
             assert len(answer.ids) == 6
@@ -303,9 +306,17 @@ class Talk(RuleBasedStateMachine):
         self.conversation.attach("notes.txt", text)
 
 
-@pytest.mark.parametrize("kind", ["tied", "adapter"])
+PASTS = {
+    "tied": PLAIN,
+    "adapter": PLAIN,
+    "untied": Past(kv_bits=8),
+    "beacons": Past(beacon=BeaconSettings(window=32, ratios=(4,), sink=1)),
+}
+
+
+@pytest.mark.parametrize("kind", PASTS)
 def test_random_conversations_are_answered_as_if_read_anew(make_loaded, kind):
-    machine = type("TalkWithModel", (Talk,), {"loaded": make_loaded(kind)})
+    machine = type("TalkWithModel", (Talk,), {"loaded": make_loaded(kind), "past": PASTS[kind]})
     run_state_machine_as_test(
         machine,
         settings=settings(

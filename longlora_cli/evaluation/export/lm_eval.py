@@ -19,7 +19,7 @@ _NO_ERROR = "N/A"
 # What answering gave; the rest of a row is the document.
 _NOT_DOCUMENT = frozenset(
     ("key", "prediction", "references", "scores", "finish", "seconds", "extra", "log_likelihoods")
-) | {"prompt_tokens", "reused_tokens", "new_tokens"}
+) | {"prompt_tokens", "reused_tokens", "new_tokens", "kv_bytes"}
 # Of whole texts, by what the rows count them; bits per byte are no exponential, see `api/metrics.py`.
 _ROLLING = {"word_perplexity": "words", "byte_perplexity": "bytes", "bits_per_byte": "bytes"}
 _LOWER_IS_BETTER = frozenset((*_ROLLING, "perplexity"))

@@ -1,0 +1,86 @@
+"""Turning a stored key from the position it was computed at to another one.
+
+Rotary embedding multiplies each pair of a key by a rotation of `position * frequency` (Su et al. 2021,
+arXiv:2104.09864), and rotations add: turning a rotated key by `(new - old) * frequency` gives the key of the new
+position, for any frequencies that do not depend on the length. So keys are stored rotated, as attention needs them,
+and turned once, when their window closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longlora_cli.errors import IncompatibleError
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """Rows of a store, and the rotation of each.
+
+    Args:
+        rows: int64 `[rows]`.
+        cos: `[rows, head_dim]` in float32 (float64 for float64 keys); None when no row moves.
+        sin: As `cos`.
+    """
+
+    rows: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+    def shifted(self, by: int) -> Turn:
+        """The same turn of rows that lie further back."""
+        return Turn(self.rows + by, self.cos, self.sin)
+
+    def keys(self, held: Tensor) -> Tensor:
+        """Keys `[kv_heads, held rows, head_dim]` -> the turned rows `[kv_heads, rows, head_dim]`."""
+        taken = held.index_select(1, self.rows)
+        if self.cos is None or self.sin is None:
+            return taken
+        wide = taken.to(self.cos.dtype)
+        left, right = wide.chunk(2, dim=-1)
+        turned = wide * self.cos + torch.cat((-right, left), dim=-1) * self.sin
+        return turned.to(taken.dtype)
+
+    def values(self, held: Tensor) -> Tensor:
+        """Values `[kv_heads, held rows, head_dim]` -> the same rows, unchanged."""
+        return held.index_select(1, self.rows)
+
+
+def frequencies(decoder: Any, head_dim: int) -> Tensor:
+    """The live rotary frequencies of a decoder, `[head_dim / 2]` radians per position.
+
+    Raises:
+        IncompatibleError: There are none, or they turn only a part of each head.
+    """
+    found = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
+    if not isinstance(found, Tensor) or found.numel() * 2 != head_dim:
+        raise IncompatibleError(
+            f"{type(decoder).__name__} has no rotary positions over whole heads",
+            rule="Beacons' keys move by them.",
+        )
+    return found
+
+
+def turn(rows: Sequence[int], moves: Sequence[int], inv_freq: Tensor, dtype: torch.dtype) -> Turn:
+    """The rotation of rows by moves of so many positions.
+
+    Args:
+        rows: Rows of the store.
+        moves: For each, its new position less its old one.
+        inv_freq: From `frequencies`.
+        dtype: Of the keys.
+    """
+    device = inv_freq.device
+    index = torch.tensor(rows, dtype=torch.int64, device=device)
+    if not any(moves):
+        return Turn(index, None, None)
+    # Angles in float64: with float32 an angle of 1,000 radians is off by 3e-5.
+    angles = torch.tensor(moves, dtype=torch.float64, device=device)[:, None] * inv_freq.double()
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    both = torch.cat((angles, angles), dim=-1)
+    return Turn(index, both.cos().to(work), both.sin().to(work))

@@ -1,0 +1,176 @@
+"""Segments of queries over ranges of keys: values and gradients against one softmax a row, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longlora_cli.errors import IncompatibleError
+from longlora_cli.memory.attention import make_attention
+from longlora_cli.memory.attention_segments import (
+    AttentionSegment,
+    AttentionSegments,
+    attend_segments,
+    plain_segments,
+    segment_kernel,
+)
+
+CPU = torch.device("cpu")
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+MASK = torch.tensor([[1, 0, 1, 0, 1], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+CASES = {
+    "one causal document": [AttentionSegment(7, ((0, 7),))],
+    "a memory and a window": [AttentionSegment(5, ((0, 12),))],
+    "one query": [AttentionSegment(1, ((0, 9),))],
+    "as many keys as queries, apart": [AttentionSegment(4, ((0, 1), (7, 10)))],
+    "two windows over one memory": [AttentionSegment(3, ((0, 6),)), AttentionSegment(4, ((0, 2), (8, 14)))],
+    "packed sequences": [AttentionSegment(n, (keys,)) for n, keys in ((1, (0, 4)), (6, (4, 10)), (2, (10, 15)))],
+    "a mask": [AttentionSegment(2, ((0, 4),)), AttentionSegment(3, ((1, 3), (6, 9)), MASK)],
+}  # fmt: skip
+
+
+def tensors(segments: Sequence[AttentionSegment], heads: int = 4, kv_heads: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    queries = sum(segment.queries for segment in segments)
+    keys = max(stop for segment in segments for _, stop in segment.keys)
+    sizes = [(1, heads, queries, 8), (1, kv_heads, keys, 8), (1, kv_heads, keys, 8)]
+    drawn = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    return [tensor.requires_grad_(True) for tensor in drawn]
+
+
+class Loops:
+    """A fused kernel in loops, so that what surrounds one is tested without a GPU."""
+
+    def forward_over(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        assert k.shape[0] == sum(key_lengths)
+        starts = [sum(key_lengths[:n]) for n in range(len(key_lengths))]
+        segments = [
+            AttentionSegment(n, ((start, start + keys),))
+            for n, start, keys in zip(lengths, starts, key_lengths, strict=True)
+        ]
+        out = plain_segments(*(t.transpose(0, 1)[None] for t in (q, k, v)), segments, scale)[0]
+        return out, out.new_zeros(0)
+
+    def backward_over(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        lengths: Sequence[int],
+        key_lengths: Sequence[int],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(True) for t in (q, k, v)]
+            again, _ = self.forward_over(*leaves, lengths, key_lengths, scale)
+            return torch.autograd.grad(again, leaves, grad)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kernel", [None, Loops()])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_one_softmax_a_row(name: str, kernel: Loops | None) -> None:
+    segments = CASES[name]
+    inputs = tensors(segments)
+    expected = plain_segments(*inputs, segments, 0.3)
+    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected_gradients = torch.autograd.grad(expected, inputs, slope)
+    found = attend_segments(*inputs, AttentionSegments(segments, CPU), 0.3, kernel=kernel)
+    torch.testing.assert_close(found, expected, **EXACT)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, slope), expected_gradients, **EXACT)
+
+
+def test_masks_and_single_queries_are_left_to_torch_and_the_rest_is_fused() -> None:
+    fusible = {name: AttentionSegments(segments, CPU).fusible for name, segments in CASES.items()}
+    assert [name for name, fused in fusible.items() if not fused] == ["one query", "a mask"]
+
+
+def test_keys_that_lie_behind_each_other_are_not_copied() -> None:
+    copied = {
+        name: AttentionSegments(segments, CPU).key_index is not None for name, segments in CASES.items()
+    }
+    assert [name for name, copy in copied.items() if copy] == [
+        "as many keys as queries, apart",
+        "two windows over one memory",
+        "a mask",
+    ]
+
+
+def test_the_registered_attention_takes_segments() -> None:
+    segments = CASES["two windows over one memory"]
+    inputs = [t.detach() for t in tensors(segments)]
+    attention = make_attention("auto")
+    found, _ = attention(nn.Module(), *inputs, scaling=0.3, segments=AttentionSegments(segments, CPU))
+    torch.testing.assert_close(found, plain_segments(*inputs, segments, 0.3), **EXACT)
+
+
+def test_on_a_cpu_no_fused_kernel_is_named() -> None:
+    assert segment_kernel("auto", torch.zeros(1, 2, 3, 64, dtype=torch.bfloat16)) is None
+
+
+@pytest.mark.parametrize(
+    ("segments", "part"),
+    [
+        ([AttentionSegment(3, ((0, 2),))], "3 causal queries over 2 keys"),
+        ([AttentionSegment(3, ((0, 9),))], "3 queries in a row of 4"),
+        ([AttentionSegment(4, ((0, 11),))], "beyond the 10 keys"),
+    ],
+)
+def test_segments_that_do_not_fit_are_refused(segments: list[AttentionSegment], part: str) -> None:
+    query, key = torch.zeros(1, 4, 4, 8), torch.zeros(1, 2, 10, 8)
+    with pytest.raises(IncompatibleError, match=part):
+        attend_segments(query, key, key, AttentionSegments(segments, CPU), 1.0)
+
+
+def test_a_batch_is_refused() -> None:
+    query = torch.zeros(2, 4, 4, 8)
+    with pytest.raises(IncompatibleError, match="batch of 2"):
+        attend_segments(query, query, query, AttentionSegments([AttentionSegment(4, ((0, 4),))], CPU), 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "flash", "fa4"])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_on_a_gpu_fused_segments_are_no_further_from_float64_than_torch_segment_by_segment(
+    backend: str, heads: int
+) -> None:
+    device = torch.device("cuda")
+    segments = [
+        AttentionSegment(1024, ((0, 3000),)),
+        AttentionSegment(1100, ((0, 1976), (3000, 4100))),
+        AttentionSegment(77, ((4100, 4400),)),
+    ]
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = [
+        torch.randn(1, count, rows, 64, generator=generator, device=device).bfloat16().requires_grad_(True)
+        for count, rows in ((heads, 2201), (2, 4400), (2, 4400))
+    ]
+    slope = torch.randn(1, 2201, heads, 64, generator=generator, device=device).bfloat16()
+
+    def run(inputs: list[Tensor], fused: bool) -> list[Tensor]:
+        kernel = segment_kernel(backend, inputs[0]) if fused else None
+        assert not fused or kernel is not None
+        grouped = AttentionSegments(segments, inputs[0].device)
+        out = attend_segments(*inputs, grouped, 0.125, kernel=kernel)
+        return [out, *torch.autograd.grad(out, inputs, slope.to(out))]
+
+    exact = run([t.detach().cpu().double().requires_grad_(True) for t in drawn], fused=False)
+
+    def errors(found: list[Tensor]) -> list[float]:
+        return [float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
+
+    plain, fused = errors(run(drawn, fused=False)), errors(run(drawn, fused=True))
+    assert all(ours <= 1.2 * theirs for ours, theirs in zip(fused, plain, strict=True)), (fused, plain)
