@@ -33,7 +33,7 @@ from longlora_cli.evaluation.batching import Batching
 from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
-from longlora_cli.evaluation.live_checks import look_at, readable_tokens
+from longlora_cli.evaluation.live_checks import Live, look_at, readable_tokens
 from longlora_cli.evaluation.measure import (
     TaskResult,
     measure_generation,
@@ -92,13 +92,7 @@ def _run(
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
     _warn_beyond(loaded, plan, console)
     batching = choose_batching(config.batch_size, loaded, plan.past)
-    live = look_at(
-        loaded,
-        plan.past,
-        rope=config.rope,
-        chat_template=config.chat_template,
-        rope_factor=config.rope_factor,
-    )
+    live = _look(loaded, plan)
     started = time.perf_counter()
     identity = model_identity(loaded) | plan.past.to_json()
     plan, dropped = paced(loaded, plan, mesh, console, identity)
@@ -176,6 +170,17 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
         [[task, c["samples"], c["tokens"], c["longest"]] for task, c in counts.items()],
     )
     return {"dry_run": True, "out": str(plan.config.out), "tasks": counts}
+
+
+def _look(loaded: LoadedModel, plan: EvalPlan) -> Live:
+    config = plan.config
+    return look_at(
+        loaded,
+        plan.past,
+        rope=config.rope,
+        chat_template=config.chat_template,
+        rope_factor=config.rope_factor,
+    )
 
 
 def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:

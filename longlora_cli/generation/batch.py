@@ -38,8 +38,8 @@ def answer_together(
         prefill_chunk: Most tokens run at one time, of all rows together.
 
     Returns:
-        Answers in the order of the requests. `prefill_seconds`, `decode_seconds` and `kv_bytes` are each row's equal
-        part; `reused_tokens` are those that were read for the first row already.
+        Answers in the order of the requests. `prefill_seconds` and `decode_seconds` are each row's equal part;
+        `reused_tokens` are those that were read for the first row already, `kv_bytes` what the row alone would hold.
 
     Raises:
         ValueError: No request, an empty prompt, or positions that depend on the length.
@@ -54,7 +54,6 @@ def answer_together(
     rows = [_Row(loaded.tokenizer, request, frozenset(stop_ids)) for request in requests]
     chosen = _likeliest(next_logits(loaded, batch.read()))
     read = time.perf_counter()
-    kept = cache_bytes(batch.cache)
     active = list(range(len(rows)))  # the row of each of the batch's places
     while True:
         for place, token in zip(active, chosen, strict=True):
@@ -66,7 +65,6 @@ def answer_together(
             batch.keep(still)
             active, chosen = [active[n] for n in still], [chosen[n] for n in still]
         chosen = _likeliest(next_logits(loaded, batch.step(chosen)))
-        kept = max(kept, cache_bytes(batch.cache))
     ended = time.perf_counter()
     count = len(rows)
     return [
@@ -80,7 +78,7 @@ def answer_together(
             reused_tokens=batch.shared if place else 0,
             prefill_seconds=(read - started) / count,
             decode_seconds=(ended - read) / count,
-            kv_bytes=kept // count,
+            kv_bytes=row.held_tokens(len(request.ids)) * batch.token_bytes,
         )
         for place, (row, request) in enumerate(zip(rows, requests, strict=True))
     ]
@@ -120,6 +118,12 @@ class _Batch:
         positions = self.shared + self._done - self._widths[:, None]
         self._done += 1
         return self._hidden(ids, positions, self.cache, **self._gap())
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the keys and values of one token of one row."""
+        rows, places = self.cache.layers[0].keys.shape[0], self.cache.layers[0].keys.shape[-2]
+        return cache_bytes(self.cache) // (rows * places)
 
     def keep(self, places: Sequence[int]) -> None:
         """Forget all rows but these."""
@@ -214,6 +218,10 @@ class _Row:
         self._most = request.max_new_tokens
         self._stop_ids = stop_ids
         self._watch = StopWatch(tokenizer, request.stop) if request.stop else None
+
+    def held_tokens(self, prompt_tokens: int) -> int:
+        """Tokens in the cache of a session that had given this answer: the last one is run only before an end token."""
+        return prompt_tokens + len(self.ids) - (self.finish != "eos")
 
     def accept(self, token: int) -> None:
         """Take the next token, unless the row has ended; see `session._Run.accept`."""

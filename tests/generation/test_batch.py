@@ -57,8 +57,8 @@ def test_answers_are_those_of_each_prompt_alone(make_loaded, kind, chunk, prompt
 @pytest.mark.parametrize("chunk", [4096, 31])
 def test_logits_are_those_of_each_prompt_alone_to_rounding(make_loaded, monkeypatch, kind, chunk, prompts):
     loaded, seen = make_loaded(kind), []
-    true = batches.logits_of
-    monkeypatch.setattr(batches, "logits_of", lambda *a: seen.append(true(*a)) or seen[-1])
+    true = batches.next_logits
+    monkeypatch.setattr(batches, "next_logits", lambda *a: seen.append(true(*a)) or seen[-1])
     found = answer_together(loaded, [Request(ids, 3) for ids in prompts], stop_ids=(), prefill_chunk=chunk)
     for step, logits in enumerate(seen):
         wanted = [logits_alone(loaded, [*ids, *a.ids[:step]]) for ids, a in zip(prompts, found, strict=True)]
@@ -114,8 +114,8 @@ def test_positions_that_depend_on_the_length_are_refused(make_loaded):
 @pytest.mark.parametrize("prompts", [APART, ABOUT_ONE_TEXT], ids=["apart", "about one text"])
 def test_on_a_gpu_logits_are_those_of_each_prompt_alone(make_folder, monkeypatch, dtype, prompts):
     loaded, seen = load_model(ModelSection(model=str(make_folder("gpu")), dtype=dtype, device="cuda")), []
-    true = batches.logits_of
-    monkeypatch.setattr(batches, "logits_of", lambda *a: seen.append(true(*a)) or seen[-1])
+    true = batches.next_logits
+    monkeypatch.setattr(batches, "next_logits", lambda *a: seen.append(true(*a)) or seen[-1])
     answer_together(loaded, [Request(ids, 1) for ids in prompts], stop_ids=(), prefill_chunk=31)
     with torch.no_grad():
         wanted = [
