@@ -17,9 +17,11 @@ from longlora_cli.commands import eval_compare
 from longlora_cli.commands.eval_audits import (
     audits_of,
     control_of,
+    look,
     look_at_training,
     show_audits,
     show_control,
+    warn_beyond,
 )
 from longlora_cli.commands.eval_files import show_benchmarks
 from longlora_cli.commands.eval_pace import paced
@@ -33,7 +35,6 @@ from longlora_cli.evaluation.batching import Batching
 from longlora_cli.evaluation.file_scores import score_benchmark
 from longlora_cli.evaluation.inputs import input_hashes
 from longlora_cli.evaluation.journal import Journal, open_journal
-from longlora_cli.evaluation.live_checks import Live, look_at, readable_tokens
 from longlora_cli.evaluation.measure import (
     TaskResult,
     measure_generation,
@@ -90,9 +91,9 @@ def _run(
     whole = mesh.is_main and config.shard is None
     overlap = look_at_training(plan, training, console) if whole else []
     loaded = load_model(config, config, adapter=config.adapter, context_length=plan.longest)
-    _warn_beyond(loaded, plan, console)
+    warn_beyond(loaded, plan, console)
     batching = choose_batching(config.batch_size, loaded, plan.past)
-    live = _look(loaded, plan)
+    live = look(loaded, plan)
     started = time.perf_counter()
     identity = model_identity(loaded) | plan.past.to_json()
     plan, dropped = paced(loaded, plan, mesh, console, identity)
@@ -170,27 +171,6 @@ def _show_counts(plan: EvalPlan, console: Console) -> dict[str, Any]:
         [[task, c["samples"], c["tokens"], c["longest"]] for task, c in counts.items()],
     )
     return {"dry_run": True, "out": str(plan.config.out), "tasks": counts}
-
-
-def _look(loaded: LoadedModel, plan: EvalPlan) -> Live:
-    config = plan.config
-    return look_at(
-        loaded,
-        plan.past,
-        rope=config.rope,
-        chat_template=config.chat_template,
-        rope_factor=config.rope_factor,
-    )
-
-
-def _warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
-    own = readable_tokens(loaded, plan.config.rope, plan.config.rope_factor)
-    readable = plan.past.readable(own, loaded.positions)
-    if plan.longest > readable:
-        console.warn(
-            f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
-            "positions beyond that are new to it"
-        )
 
 
 def _answer_share(

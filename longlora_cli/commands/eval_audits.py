@@ -10,12 +10,13 @@ from longlora_cli.console import Console
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.evaluation.audits import Audit, audit_rows, longest_read
 from longlora_cli.evaluation.control import left_out
-from longlora_cli.evaluation.live_checks import Live
+from longlora_cli.evaluation.live_checks import Live, look_at, readable_tokens
 from longlora_cli.evaluation.measure import TaskResult
 from longlora_cli.evaluation.plan import EvalPlan
 from longlora_cli.evaluation.report.numbers import interval, percent
 from longlora_cli.evaluation.report.parts import value_text
 from longlora_cli.evaluation.train_overlap import TrainData, overlap_audit
+from longlora_cli.models.loading import LoadedModel
 
 
 def look_at_training(plan: EvalPlan, training: Sequence[TrainData], console: Console) -> list[Audit]:
@@ -88,3 +89,26 @@ def _both(whole: Mapping[str, Any], bare: Mapping[str, Any], n: int) -> list[Any
         *(f"{percent(part['score'])} {interval(part.get('ci95'), is_share=True)}" for part in (whole, bare)),
         n,
     ]
+
+
+def look(loaded: LoadedModel, plan: EvalPlan) -> Live:
+    """What is seen of the model before it is asked anything."""
+    config = plan.config
+    return look_at(
+        loaded,
+        plan.past,
+        rope=config.rope,
+        chat_template=config.chat_template,
+        rope_factor=config.rope_factor,
+    )
+
+
+def warn_beyond(loaded: LoadedModel, plan: EvalPlan, console: Console) -> None:
+    """Say when longer texts are read than the model is made for."""
+    own = readable_tokens(loaded, plan.config.rope, plan.config.rope_factor)
+    readable = plan.past.readable(own, loaded.positions)
+    if plan.longest > readable:
+        console.warn(
+            f"up to {plan.longest:,} tokens are read, the model is made for {readable:,}: "
+            "positions beyond that are new to it"
+        )
