@@ -144,8 +144,8 @@ def test_beacons_are_float32_beside_a_base_of_16_bits(
     assert {t.dtype for t in load_file(tmp_path / "r" / BEACONS).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("step", [1, 5, 8, 9])  # a pass of 4 documents a step has 8 steps
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+# A pass of 4 documents a step has 8 steps.
+@pytest.mark.parametrize(("step", "adapter"), [(1, "none"), (8, "none"), (9, "none"), (5, "lora")])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     command: dict[str, Any], tmp_path: Path, step: int, adapter: str
 ) -> None:
@@ -174,18 +174,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 def test_two_micro_batches_equal_one_batch(command: dict[str, Any], tmp_path: Path, mix: str) -> None:
     """A step of four documents with equally many windows and the same ratios, however it is cut."""
     once = {"steps": 2, "beacon_ratio_mix": mix}
-    for name, size, micro in (("batch", 4, 1), ("halves", 2, 2), ("micro", 1, 4)):
-        run(command, out=tmp_path / name, batch_size=size, accumulate=micro, **once)
-    rows = [read_json_lines(tmp_path / name / "metrics.jsonl") for name in ("batch", "halves", "micro")]
-    for other in rows[1:]:
-        for key in ("loss", "grad_norm"):
-            assert [r[key] for r in other[:2]] == pytest.approx([r[key] for r in rows[0][:2]], rel=2e-5)
+    run(command, out=tmp_path / "batch", batch_size=4, **once)
+    run(command, out=tmp_path / "micro", accumulate=4, **once)
+    batch, micro = (read_json_lines(tmp_path / name / "metrics.jsonl")[:2] for name in ("batch", "micro"))
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in micro] == pytest.approx([r[key] for r in batch], rel=2e-5)
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path, adapter: str) -> None:
-    command |= {"steps": 5, "save_every": 5, "eval_data": command["data"][0]}
-    command = beside_lora(command) if adapter == "lora" else command
+def same_tensors(one: Path, two: Path) -> None:
+    torch.testing.assert_close(load_file(two), load_file(one), rtol=0, atol=1e-6)
+
+
+def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path) -> None:
+    command = beside_lora(command) | {"steps": 5, "save_every": 5, "eval_data": command["data"][0]}
     run(command, out=tmp_path / "one", accumulate=2)
     child = spawn({**command, "out": tmp_path / "two", "batch_size": 1}, 2)
     out, err = child.communicate(timeout=180)
@@ -197,23 +198,25 @@ def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path, adapte
     ]
     assert len(measured[0]) == 1
     assert measured[1] == pytest.approx(measured[0], rel=1e-5)
-    names = [BEACONS, *([LOW_RANK] if adapter == "lora" else [])]
-    for name in names:
-        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+    for name in (BEACONS, LOW_RANK):
+        same_tensors(tmp_path / "one" / name, tmp_path / "two" / name)
 
 
-def test_two_processes_resume_what_they_began(command: dict[str, Any], tmp_path: Path) -> None:
-    command |= {"steps": 6, "save_every": 1, "keep_checkpoints": 20, "out": tmp_path / "r"}
+def test_two_processes_resume_what_they_began_and_still_equal_one(
+    command: dict[str, Any], tmp_path: Path
+) -> None:
+    command |= {"steps": 5, "save_every": 1, "keep_checkpoints": 20}
     for again in (False, True):
         if again:
-            wanted = sha256_of(tmp_path / "r" / BEACONS)
-            shutil.rmtree(tmp_path / "r" / "adapter")
-            for later in (4, 5, 6):
-                shutil.rmtree(checkpoint.folder_of(tmp_path / "r", later))
-        _, err = (child := spawn(command, 2)).communicate(timeout=180)
+            wanted = sha256_of(tmp_path / "two" / BEACONS)
+            shutil.rmtree(tmp_path / "two" / "adapter")
+            for later in (4, 5):
+                shutil.rmtree(checkpoint.folder_of(tmp_path / "two", later))
+        _, err = (child := spawn({**command, "out": tmp_path / "two"}, 2)).communicate(timeout=180)
         assert child.returncode == 0, err.decode()
-    assert sha256_of(tmp_path / "r" / BEACONS) == wanted
+    assert sha256_of(tmp_path / "two" / BEACONS) == wanted
+    run(command, out=tmp_path / "one", accumulate=2)
+    same_tensors(tmp_path / "one" / BEACONS, tmp_path / "two" / BEACONS)
 
 
 def test_padding_changes_neither_loss_nor_gradient(command: dict[str, Any]) -> None:
@@ -276,8 +279,8 @@ def peak_bytes(step: Callable[[], torch.Tensor]) -> int:
 
 
 def test_a_longer_document_takes_little_more_memory(command: dict[str, Any]) -> None:
-    """Windows are computed again in the backward pass: what 128 more of them take is their beacons, and one window's
-    attention to these: 2.6 MB, and 98 MB with all activations kept.
+    """Windows are computed again in the backward pass: what 64 more of them take is their beacons, and one window's
+    attention to these. With all activations kept it was 38 times as much for 128 windows.
     """
     config = TrainConfig(**{**command, "beacon_ratio": [8], "beacon_window": 32}, out="x")
     loaded, settings = train_ready(config), settings_of(config)
@@ -293,7 +296,7 @@ def test_a_longer_document_takes_little_more_memory(command: dict[str, Any]) -> 
         whole = partial(window_losses, loaded.causal_lm, settings, ids, ids, tile_tokens=32, recompute=False)
         return peak_bytes(lambda: whole()[0])
 
-    growth, growth_kept = trained(5120) - trained(1024), kept(5120) - kept(1024)
+    growth, growth_kept = trained(3072) - trained(1024), kept(3072) - kept(1024)
     assert growth < growth_kept / 20
 
 
