@@ -27,6 +27,8 @@ TITLES = {
     "llama8b-qlora-step": "One training step: Llama-3.1-8B's shape, NF4, LoRA on 7 linear layers",
     "llama8b-max-context": "The longest context that runs: the same model",
     "smollm2-step": "One training step: SmolLM2-135M, bf16, LoRA on 7 linear layers",
+    "attention-rate": "Attention kernels: causal, one document",
+    "train-probe": "`--dry-run --probe`: predicted and measured",
     "prepare-books": "Preparing books: SmolLM2's tokenizer",
 }
 # Cases that compare stacks: one line a length and stack, one column a metric, in this order.
