@@ -222,7 +222,7 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path, capsys) -> None:
     path = write(tmp_path / "p.jsonl", {"prediction": 1, "references": ["x"]}, GOOD, {"prediction": "x"})
     _, found, _ = rescore(capsys, path, "f1")
     assert "p.jsonl:1: prediction is 1" in found["error"]
-    assert "line 3: references is missing" in found["details"][0]
+    assert "p.jsonl:3: references is missing" in found["details"][0]
 
 
 def test_an_unknown_scorer_or_version_is_refused_with_what_there_is(tmp_path, capsys) -> None:

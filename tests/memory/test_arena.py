@@ -252,14 +252,16 @@ def mapped(address: int) -> bool:
 
 
 def test_memory_is_used_only_as_far_as_it_is_needed_and_close_gives_it_back() -> None:
+    data = torch.ones(
+        64 * MIB, dtype=torch.uint8
+    )  # perhaps in memory that an earlier test left to the process
     before = resident_bytes()
     arena = HostArena(CPU, 1 << 40)  # more than any machine here has
     assert resident_bytes() - before < 8 * MIB
-    data = torch.ones(64 * MIB, dtype=torch.uint8)
     slot = arena.save(data)
     address = arena._range._start()
     assert mapped(address)
-    assert resident_bytes() - before > 120 * MIB  # the tensor and its copy
+    assert resident_bytes() - before > 56 * MIB  # the copy
     del data
     arena.close()
     arena.close()

@@ -145,7 +145,14 @@ def test_beacons_are_float32_beside_a_base_of_16_bits(
 
 
 # A pass of 4 documents a step has 8 steps.
-@pytest.mark.parametrize(("step", "adapter"), [(1, "none"), (8, "none"), (9, "none"), (5, "lora")])
+@pytest.mark.parametrize(
+    ("step", "adapter"),
+    [
+        *(pytest.param(step, "none", marks=pytest.mark.slow) for step in (1, 8)),
+        (9, "none"),
+        (5, "lora"),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     command: dict[str, Any], tmp_path: Path, step: int, adapter: str
 ) -> None:
@@ -202,6 +209,7 @@ def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path) -> Non
         same_tensors(tmp_path / "one" / name, tmp_path / "two" / name)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_what_they_began_and_still_equal_one(
     command: dict[str, Any], tmp_path: Path
 ) -> None:

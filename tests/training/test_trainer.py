@@ -116,7 +116,8 @@ def cut_back(folder: Path, step: int) -> None:
             shutil.rmtree(checkpoint.folder_of(folder, later))
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 9, 12, 13])  # within an epoch, at its end, and at the very end
+# Within an epoch, at its end, and at the very end.
+@pytest.mark.parametrize("step", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 12)), 6, 9, 13])
 def test_a_run_resumed_at_any_step_equals_an_uninterrupted_one(
     command: dict[str, Any], tmp_path: Path, step: int
 ) -> None:
@@ -161,6 +162,7 @@ def test_two_processes_equal_one_and_only_the_first_prints_and_writes(
     assert err.decode().count("holds another run: lora_rank was 4, now 8") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_resumed_within_a_later_pass_read_what_was_left_of_it(
     command: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -204,12 +206,13 @@ def test_accelerate_launches_it(command: dict[str, Any], tmp_path: Path) -> None
     verify_folder(tmp_path / "r" / "adapter", "adapter")
 
 
-def test_ten_kills_at_random_moments_change_nothing(command: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(command: dict[str, Any], tmp_path: Path, wanted: int) -> None:
     command |= {"steps": 60, "save_every": 1, "lora_dropout": 0.1}
     run(command, out=tmp_path / "whole")
     draw, kills, attempts = random.Random(5), 0, 0
     folder = tmp_path / "killed"
-    while kills < 10 and attempts < 14:
+    while kills < wanted and attempts < wanted + 4:
         attempts += 1
         already = max(checkpoint.steps_of(folder), default=0)
         child = spawn({**command, "out": folder})
@@ -222,7 +225,7 @@ def test_ten_kills_at_random_moments_change_nothing(command: dict[str, Any], tmp
         _, err = child.communicate()
         assert child.returncode in (-signal.SIGKILL, 0), err.decode()
         kills += child.returncode == -signal.SIGKILL
-    assert kills == 10
+    assert kills == wanted
     run(command, out=folder)
     assert adapter_hash(folder) == adapter_hash(tmp_path / "whole")
 
