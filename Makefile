@@ -19,7 +19,7 @@ quickstart: $(READY)  ## extend the embedded model from 512 to 4,096 tokens and 
 
 test: $(READY)  ## under 10 minutes on 2 cores, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "alone and not gpu"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not alone and not slow and not gpu and not real_model"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not slow and not gpu and not real_model"
 
 test-slow: $(READY)  ## the slower tier: random kills, the real model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow or real_model"

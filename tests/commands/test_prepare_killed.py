@@ -123,7 +123,7 @@ def spread(count: int, seed: int) -> list[float]:
     return [*((n + rng.random()) / (count - 1) for n in range(count - 1)), rng.uniform(0.97, 1.0)]
 
 
-@pytest.mark.parametrize("dedup", ["none", "near"])
+@pytest.mark.parametrize("dedup", [pytest.param("none", marks=pytest.mark.slow), "near"])
 def test_killed_at_6_moments_and_run_again_it_gives_the_same_bytes(
     run: Run, tmp_path: Path, dedup: str
 ) -> None:

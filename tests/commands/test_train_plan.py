@@ -137,7 +137,7 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_run_with_its_embedding_on_the_host_trains_evaluates_and_resumes_to_the_same_bits(
     auto: dict[str, Any],
     looked_up: list[int],

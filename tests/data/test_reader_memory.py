@@ -158,7 +158,7 @@ def lists(path: Path, text: str) -> None:
     [
         ("a.jsonl", chat_line, ":1: the chat has more than 10 MiB of text"),
         ("a.jsonl", lists, ":1: the line takes "),
-        ("a.json", lists, ":1: a row takes more than 960 MB of memory"),
+        pytest.param("a.json", lists, ":1: a row takes more than 960 MB of memory", marks=pytest.mark.slow),
         ("b.json", in_an_array, ":2: a row takes more than 960 MB of memory"),
         ("a.html", plain, ": a page of 100 MB and 0 tags takes more than 960 MB of memory"),
     ],

@@ -125,7 +125,10 @@ def growth(base: Path, sources: list[Path], out: Path, quantization: str = "none
 LARGE = {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
 
 
-@pytest.mark.parametrize("kind", ["two models", "adapter", "nf4 adapter"])
+@pytest.mark.parametrize(
+    "kind",
+    ["nf4 adapter", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("two models", "adapter"))],
+)
 def test_merging_needs_the_same_memory_whatever_the_size(make_base, make_adapter, tmp_path, kind):
     base = make_base(dtype=torch.bfloat16, **LARGE)
     sources = (
