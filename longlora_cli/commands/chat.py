@@ -53,7 +53,7 @@ def run(config: ChatConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     if dry_run:
         notes.print(budget.describe())
         return _plan(config, outline, budget, past, {file.name: file.tokens for file in files})
-    refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
+    refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length, past)
     loaded = load_model(config, config, adapter=config.adapter, context_length=config.max_length)
     session = Session(
         loaded,

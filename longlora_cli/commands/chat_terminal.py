@@ -143,7 +143,7 @@ class Terminal:
         try:
             files = [conversation.attach(*text) for text in read_texts(Path(rest).expanduser())]
             tokens = len(conversation.ask("").ids)
-            refuse_overflow(tokens, chat.max_new_tokens, chat.session.context_length)
+            refuse_overflow(tokens, chat.max_new_tokens, chat.session.context_length, chat.session.past)
         except BaseException:
             conversation.pending = before
             raise

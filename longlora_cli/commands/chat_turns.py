@@ -143,7 +143,7 @@ class Chat:
             ResourceError: Too large for the memory; nothing was run.
         """
         budget = self.budget(prompt)
-        refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length)
+        refuse_overflow(budget.prompt_tokens, budget.max_new_tokens, budget.context_length, self.session.past)
         if prompt.attachments or self.last is None:
             self.notes.print(budget.describe())
         budget.refuse_memory()

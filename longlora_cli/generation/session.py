@@ -77,7 +77,7 @@ def stop_ids(loaded: LoadedModel) -> frozenset[int]:
     return frozenset(token for token in found if token is not None)
 
 
-def refuse_overflow(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
+def refuse_overflow(prompt_tokens: int, max_new_tokens: int, limit: int, past: Past = PLAIN) -> None:
     """Raise `SettingsError` when prompt and answer exceed the context; nothing is ever cut to fit."""
     needed = prompt_tokens + max_new_tokens
     if needed <= limit:
@@ -86,6 +86,8 @@ def refuse_overflow(prompt_tokens: int, max_new_tokens: int, limit: int) -> None
     remedies = [f"give {needed - limit:,} tokens less of text"]
     if room > 0:
         remedies.append(f"use --max-new-tokens {room}")
+    if past.fine_rows:  # they take positions that text could have
+        remedies.append("bring less of it back with --retrieval-topk or --retrieval-key-length")
     remedies.append("use a run trained for longer, or stretch the positions with --rope")
     raise SettingsError(
         f"the prompt has {prompt_tokens:,} tokens and the answer up to {max_new_tokens:,}: "
@@ -193,7 +195,7 @@ class Session:
         if not ids:
             raise ValueError("a prompt has at least one token")
         if not allow_beyond:
-            refuse_overflow(len(ids), max_new_tokens, self.context_length)
+            refuse_overflow(len(ids), max_new_tokens, self.context_length, self.past)
         watch = StopWatch(self.loaded.tokenizer, stop) if stop else None
         run = _Run(self.loaded.tokenizer, max_new_tokens, frozenset(stop_ids), sampler, on_token, watch)
         try:

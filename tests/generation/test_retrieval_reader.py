@@ -16,7 +16,7 @@ from longlora_cli.evaluation.answerer import SessionAnswerer
 from longlora_cli.evaluation.generation import Question, predict
 from longlora_cli.generation.past import Past
 from longlora_cli.generation.reader import Query
-from longlora_cli.generation.session import Session
+from longlora_cli.generation.session import Session, refuse_overflow
 
 COARSE = BeaconSettings(window=32, ratios=(8,), sink=1)
 FOUND = RetrievalSettings("bm25", topk=2, key_length=16)
@@ -175,3 +175,12 @@ def test_a_likelihood_does_not_depend_on_the_ones_before_it(beacons, text, ids_o
     together = Session(beacons, past=PAST).log_likelihoods(prompt, [*ends, ends[0]], query=query)
     alone = [Session(beacons, past=PAST).log_likelihoods(prompt, [end], query=query)[0] for end in ends]
     assert together == pytest.approx([*alone, alone[0]], abs=1e-5)
+
+
+def test_a_text_that_is_too_long_beside_what_is_brought_back_is_told_how_to_bring_less() -> None:
+    with pytest.raises(SettingsError) as refused:
+        refuse_overflow(300, 12, 128, PAST)
+    assert "--retrieval-topk or --retrieval-key-length" in (refused.value.hint or "")
+    with pytest.raises(SettingsError) as plain:
+        refuse_overflow(300, 12, 128)
+    assert "retrieval" not in (plain.value.hint or "")
