@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,21 @@ BOMB = '<!DOCTYPE c [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><container>&b;</con
 def test_each_unusable_epub_is_told_why(tmp_path: Path, content: bytes, reason: str) -> None:
     path = save(tmp_path / "a.epub", content)
     with pytest.raises(DataError, match=f"a.epub: {reason}"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "name_bytes", "reason"), [(70_000, 8, "more than 65,534 files"), (300, 60_000, "the list of")]
+)
+def test_a_book_whose_list_of_files_would_fill_the_memory_is_refused_unopened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, name_bytes: int, reason: str
+) -> None:
+    path = tmp_path / "a.epub"
+    with zipfile.ZipFile(path, "w") as book:
+        for number in range(files):
+            book.writestr(f"{number:0{name_bytes}d}", b"")
+    monkeypatch.setattr(zipfile, "ZipFile", None)  # would be called
+    with pytest.raises(DataError, match=f"a.epub: .*{reason}"):
         read(path)
 
 
