@@ -201,7 +201,7 @@ def test_more_memory_is_never_slower(problem: Problem, more: tuple[float, float,
 TWO_HEADS = ModelShape(1, 32, 2, 2, 8, 64, 64, 4, 0, 0, 0, ("q_proj",), 0.0, 2)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @example(Problem(TWO_HEADS, 5000, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 @given(problems(), LARGER)
 def test_more_memory_is_never_shorter_and_longest_is_the_end_of_what_fits(
@@ -219,7 +219,7 @@ def test_more_memory_is_never_shorter_and_longest_is_the_end_of_what_fits(
     assert longest_context(shape, problem.machine(more)) >= tokens
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(problems())
 def test_a_plan_stays_within_the_machine(problem: Problem) -> None:
     machine = problem.machine()
