@@ -80,7 +80,7 @@ class PaceSection(Section):
 
     batch_size: CountOrAuto = setting(
         "auto",
-        "Most questions answered together; auto: up to 16 of similar length, in all 32,768 tokens with their answers.",
+        "Most questions answered together; auto: up to 16 of similar length, in all 32,768 tokens, or more on a GPU.",
     )
 
     def check_pace(self, generates: bool, *, makes: bool, rope: str, shares: bool) -> None:

@@ -20,7 +20,7 @@ from longlora_cli.beacon.projections import BeaconProjections
 from longlora_cli.beacon.rotation import turn
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.swap_plan import Piece
-from longlora_cli.beacon.windows import Cursor, next_step
+from longlora_cli.beacon.windows import Cursor, next_step, sink_rows
 
 LayerRows = list[Rows | None]
 
@@ -90,11 +90,6 @@ class FineRunner:
         )
         positions = tuple(cursor.memory + step.layout.positions[row] for row in step.closing.keep[sink:])
         return FineWindow(layers, positions)
-
-
-def sink_rows(settings: BeaconSettings, window: int) -> int:
-    """Rows of the sink at the beginning of what this window keeps."""
-    return 0 if window else settings.sink
 
 
 def first_rows(held: LayerRows, rows: int) -> LayerRows:

@@ -22,7 +22,7 @@ from random import Random
 from torch import Tensor
 
 from longlora_cli.beacon.cache import Rows, join
-from longlora_cli.beacon.fine_level import FineRunner, FineWindow, Swap, first_rows, sink_rows
+from longlora_cli.beacon.fine_level import FineRunner, FineWindow, Swap, first_rows
 from longlora_cli.beacon.retrieval import (
     NONE,
     RetrievalSettings,
@@ -34,7 +34,7 @@ from longlora_cli.beacon.retrieval import (
 from longlora_cli.beacon.session import BeaconSession, BeaconStats
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.swap_plan import ClosedWindow, swap_plan
-from longlora_cli.beacon.windows import Cursor, closing
+from longlora_cli.beacon.windows import beginning, sink_rows
 from longlora_cli.errors import SettingsError
 from longlora_cli.models.loading import LoadedModel
 from longlora_cli.storage import atomic_folder, verify_folder
@@ -228,19 +228,9 @@ class RetrievalSession(BeaconSession):
             for number, ratio in enumerate(self._rows[0].ratios)
         ]
 
-    def _start_of(self, number: int) -> Cursor:
-        """Where the sequence stood when a window began."""
-        ratios = self._rows[0].ratios[:number]
-        kept = sum(
-            len(closing(self.settings, ratio, sink=sink_rows(self.settings, before)).keep)
-            for before, ratio in enumerate(ratios)
-        )
-        filled = self.settings.window - self.settings.hop if number else 0
-        return Cursor(number * self.settings.hop + filled, kept, filled, number)
-
     def _fine_window(self, number: int) -> FineWindow:
         if number not in self._fine:
-            at = self._start_of(number)
+            at = beginning(self.settings, self._rows[0].ratios, number)
             before = first_rows(self._memory.rows[0], at.memory)
             if at.filled:
                 before = [join([r for r in pair if r]) for pair in zip(before, self._stayed, strict=True)]

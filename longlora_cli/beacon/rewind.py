@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from longlora_cli.beacon.cache import BeaconMemory, Rows
 from longlora_cli.beacon.session import BeaconSession, _Row
-from longlora_cli.beacon.windows import Cursor, closing, layout
+from longlora_cli.beacon.windows import beginning, layout
 from longlora_cli.errors import SettingsError
 
 
@@ -36,7 +36,7 @@ def rewind(session: BeaconSession, tokens: int) -> None:
     if tokens >= _open_from(session):
         after = replace(cursor, tokens=tokens, filled=cursor.filled - (cursor.tokens - tokens))
     else:
-        after = _beginning(session, tokens // session.settings.hop)
+        after = beginning(session.settings, row.ratios, tokens // session.settings.hop)
     held = after.memory
     if after.filled:
         held += layout(session.settings, session._ratios.of_window(after.windows)).rows(after.filled)
@@ -50,15 +50,6 @@ def _open_from(session: BeaconSession) -> int:
     cursor = session.cursors[0]
     stayed = session.settings.window - session.settings.hop if cursor.windows else 0
     return cursor.tokens - (cursor.filled - stayed)
-
-
-def _beginning(session: BeaconSession, number: int) -> Cursor:
-    """Where a session stood when a window began; windows do not overlap."""
-    kept = (
-        len(closing(session.settings, ratio, sink=0 if window else session.settings.sink).keep)
-        for window, ratio in enumerate(session._rows[0].ratios[:number])
-    )
-    return Cursor(number * session.settings.hop, sum(kept), 0, number)
 
 
 def _first(memory: BeaconMemory, rows: int) -> BeaconMemory:

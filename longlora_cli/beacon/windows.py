@@ -8,7 +8,7 @@ arXiv:2401.03462, section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -191,6 +191,27 @@ def closing(settings: BeaconSettings, ratio: int, *, sink: int) -> Closing:
     )
 
 
+def sink_rows(settings: BeaconSettings, window: int) -> int:
+    """Rows of the sink at the beginning of what a window keeps: the first window alone has any."""
+    return 0 if window else settings.sink
+
+
+def beginning(settings: BeaconSettings, ratios: Sequence[int], number: int) -> Cursor:
+    """Where a sequence stood when a window began.
+
+    Args:
+        settings: The plan.
+        ratios: Of the windows that are closed.
+        number: The window's, at most as many as are closed.
+    """
+    kept = sum(
+        len(closing(settings, ratio, sink=sink_rows(settings, window)).keep)
+        for window, ratio in enumerate(ratios[:number])
+    )
+    filled = settings.window - settings.hop if number else 0
+    return Cursor(number * settings.hop + filled, kept, filled, number)
+
+
 def next_step(
     cursor: Cursor, available: int, settings: BeaconSettings, ratio: int, *, last: bool = False
 ) -> tuple[WindowStep, Cursor]:
@@ -216,7 +237,7 @@ def next_step(
     tokens = min(available, settings.window - cursor.filled)
     filled = cursor.filled + tokens
     closes = filled == settings.window and not last
-    closed = closing(settings, ratio, sink=0 if cursor.windows else settings.sink) if closes else None
+    closed = closing(settings, ratio, sink=sink_rows(settings, cursor.windows)) if closes else None
     step = WindowStep(
         window, ratio, cursor.memory, window.rows(cursor.filled), window.rows(filled), tokens, closed
     )

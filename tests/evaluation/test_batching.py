@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
+import torch
 
+from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.errors import SettingsError
 from longlora_cli.evaluation import answerer as answerers_module
 from longlora_cli.evaluation.answerer import SessionAnswerer, choose_batching
@@ -13,6 +16,7 @@ from longlora_cli.evaluation.batching import Batching, groups
 from longlora_cli.evaluation.generation import Question, predict
 from longlora_cli.evaluation.journal import Journal
 from longlora_cli.evaluation.sharding import Shard
+from longlora_cli.generation.past import Past
 from longlora_cli.generation.requests import Request
 
 COSTS = ("seconds", "reused_tokens")
@@ -141,3 +145,22 @@ def test_positions_that_change_with_the_length_are_answered_one_by_one(tiny_load
     assert choose_batching(1, tiny_loaded) is None
     with pytest.raises(SettingsError, match="--batch-size 5: the model's positions are"):
         choose_batching(5, tiny_loaded)
+
+
+@pytest.mark.parametrize("past", [Past(kv_bits=8), Past(beacon=BeaconSettings(window=32, ratios=(4,)))])
+def test_a_compressed_past_is_answered_one_by_one(tiny_loaded, past):
+    assert choose_batching("auto", tiny_loaded, past) is None
+    assert choose_batching(1, tiny_loaded, past) is None
+    with pytest.raises(
+        SettingsError, match="--batch-size 5: questions are answered together on a plain cache"
+    ):
+        choose_batching(5, tiny_loaded, past)
+
+
+@pytest.mark.parametrize(("free_bytes", "tokens"), [(0, 32_768), (1 << 32, (1 << 30) // 512)])
+def test_on_a_gpu_a_batch_takes_a_quarter_of_the_free_memory(tiny_loaded, monkeypatch, free_bytes, tokens):
+    each = tiny_loaded.facts.kv_bytes_per_token(4)
+    assert each == 512
+    on_gpu = dataclasses.replace(tiny_loaded, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 1 << 40))
+    assert choose_batching("auto", on_gpu) == Batching(16, tokens)
