@@ -170,7 +170,8 @@ def test_on_a_gpu_fused_segments_are_no_further_from_float64_than_torch_segment_
     exact = run([t.detach().cpu().double().requires_grad_(True) for t in drawn], fused=False)
 
     def errors(found: list[Tensor]) -> list[float]:
-        return [float((f.cpu().double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
+        pairs = zip(found, exact, strict=True)
+        return [float((f.detach().cpu().double() - e.detach()).norm() / e.detach().norm()) for f, e in pairs]
 
     plain, fused = errors(run(drawn, fused=False)), errors(run(drawn, fused=True))
     assert all(ours <= 1.2 * theirs for ours, theirs in zip(fused, plain, strict=True)), (fused, plain)
