@@ -14,7 +14,7 @@ from longlora_cli.errors import DataError, SettingsError
 from longlora_cli.generation.budget import Budget, ModelOutline, free_bytes, outline_model
 from longlora_cli.generation.conversation import Conversation
 from longlora_cli.generation.past import Past, past_of
-from longlora_cli.generation.reader import held_bytes_for
+from longlora_cli.generation.reader_choice import held_bytes_for
 from longlora_cli.generation.session import Session, refuse_overflow
 from longlora_cli.models.tokenizer import was_trained_otherwise
 

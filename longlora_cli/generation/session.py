@@ -19,7 +19,8 @@ from longlora_cli.data.chat_template import end_token_id
 from longlora_cli.errors import SettingsError
 from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.generation.prefill import Advance
-from longlora_cli.generation.reader import Query, Reader, held_bytes_for, open_reader
+from longlora_cli.generation.reader import Query, Reader
+from longlora_cli.generation.reader_choice import held_bytes_for, open_reader
 from longlora_cli.generation.sampling import Sampler, greedy
 from longlora_cli.generation.stopping import StopWatch
 from longlora_cli.generation.text_stream import TextStream
