@@ -1,9 +1,10 @@
 """Beacons' own projections: trainable copies of frozen linear layers, used for beacon rows alone.
 
-No module is replaced. A forward hook on each projection runs the copy on the beacon rows of its input and puts the
-result in place of the base's. So names stay what they are, NF4 and int8 bases stay as they are, and a low-rank adapter
-on the same layers serves raw rows alone: folding it into the base later changes nothing for beacons. Zhang et al.
-2024 (arXiv:2401.03462): "we introduce additional trainable projections for the beacon tokens".
+No module is replaced. Hooks on each projection give the base the raw rows of its input alone, run the copy on the
+beacon rows, which stand behind them, and put the two results together. So names stay what they are, NF4 and int8 bases
+stay as they are, and a low-rank adapter on the same layers serves raw rows alone: folding it into the base later
+changes nothing for beacons. Zhang et al. 2024 (arXiv:2401.03462): "we introduce additional trainable projections for
+the beacon tokens".
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ class BeaconProjections(nn.Module):
     def __init__(self, decoder: Any, settings: BeaconSettings, embedding: Tensor) -> None:
         super().__init__()
         self._decoder = (decoder,)  # in a tuple: else it would be a submodule of its own submodule
-        self._hooks: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
-        self._rows: Tensor | None = None
+        self._hooks: dict[tuple[int, str], tuple[nn.Module, Any, Any]] = {}
+        self._raw: int | None = None
+        self._input: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
         self.names = settings.projections
         master = master_dtype(embedding.dtype)
         self.beacon_embedding = nn.Parameter(embedding.detach().to(master, copy=True)[None])
@@ -71,38 +73,44 @@ class BeaconProjections(nn.Module):
                 held = self._hooks.get((number, name))
                 if held is not None and held[0] is module:
                     continue
-                if held is not None:
-                    held[1].remove()
+                for handle in held[1:] if held is not None else ():
+                    handle.remove()
                 copies: Any = self.layers[number]
-                handle = module.register_forward_hook(self._hook(copies[name]))
-                self._hooks[number, name] = module, handle
+                before = module.register_forward_pre_hook(self._raw_rows)
+                behind = module.register_forward_hook(self._with_beacons(copies[name]))
+                self._hooks[number, name] = module, before, behind
 
     def unbind(self) -> None:
         """Take all hooks off; the base then computes as before."""
-        for _, handle in self._hooks.values():
-            handle.remove()
+        for _, *handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
         self._hooks.clear()
 
     @contextmanager
-    def route(self, rows: Tensor) -> Iterator[None]:
-        """While it is open, these rows of every forward pass are beacons.
-
-        Args:
-            rows: int64 `[beacons]` into the tokens; may be empty.
-        """
-        before, self._rows = self._rows, rows if rows.numel() else None
+    def route(self, raw: int) -> Iterator[None]:
+        """While it is open, the rows of every forward pass behind so many raw ones are beacons."""
+        before, self._raw = self._raw, raw
         try:
             yield
         finally:
-            self._rows = before
+            self._raw, self._input = before, (None, ())
 
-    def _hook(self, copy: nn.Module) -> Any:
+    def _divided(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Raw rows and beacons; once for the projections that read the same."""
+        if self._input[0] is not rows:
+            self._input = rows, rows.split((self._raw, rows.shape[1] - self._raw), dim=1)  # type: ignore[operator]
+        return self._input[1]
+
+    def _raw_rows(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if self._raw is None else (self._divided(args[0])[0], *args[1:])
+
+    def _with_beacons(self, copy: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            rows = self._rows
-            if rows is None:
+            if self._raw is None:
                 return None
-            own = copy(args[0].index_select(1, rows))
-            return output.index_copy(1, rows, own.to(output.dtype))
+            own = copy(self._input[1][1])
+            return torch.cat((output, own.to(output.dtype)), 1)
 
         return hook
 

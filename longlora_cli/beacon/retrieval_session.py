@@ -21,7 +21,7 @@ from random import Random
 
 from torch import Tensor
 
-from longlora_cli.beacon.cache import Rows, join
+from longlora_cli.beacon.cache import BeaconMemory, Rows, join
 from longlora_cli.beacon.fine_level import FineRunner, FineWindow, Swap, first_rows
 from longlora_cli.beacon.retrieval import (
     NONE,
@@ -212,7 +212,7 @@ class RetrievalSession(BeaconSession):
         if wanted:
             self._drop_stale()
             fine = {number: self._fine_window(number) for number in wanted}
-            twin._memory.rows[0] = swap.apply(held, fine, self._inv_freq, self._dtype)
+            twin._memory = BeaconMemory.of([swap.apply(held, fine, self._inv_freq, self._dtype)])
             twin._rows = [replace(row, cursor=replace(row.cursor, memory=swap.new_memory))]
         return twin
 

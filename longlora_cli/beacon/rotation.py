@@ -32,10 +32,6 @@ class Turn:
     cos: Tensor | None
     sin: Tensor | None
 
-    def shifted(self, by: int) -> Turn:
-        """The same turn of rows that lie further back."""
-        return Turn(self.rows + by, self.cos, self.sin)
-
     def keys(self, held: Tensor) -> Tensor:
         """Keys `[kv_heads, held rows, head_dim]` -> the turned rows `[kv_heads, rows, head_dim]`."""
         taken = held.index_select(1, self.rows)
@@ -49,6 +45,69 @@ class Turn:
     def values(self, held: Tensor) -> Tensor:
         """Values `[kv_heads, held rows, head_dim]` -> the same rows, unchanged."""
         return held.index_select(1, self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTurn:
+    """Rows of a packed store `[rows, 2, kv_heads, head_dim]`, keys and values, and the rotation of their keys.
+
+    Args:
+        rows: int64 `[rows]`.
+        cos: `[rows, 2, 1, head_dim]` in float32 (float64 for float64 keys), 1 for values; None when no row moves.
+        sin: As `cos`, negative in the first half of a head and 0 for values: a value comes out as it was, and keys
+            and values are turned by the same few operations.
+    """
+
+    rows: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Tensor, turns: Sequence[tuple[int, Tensor | None]]) -> PackedTurn:
+        """The turn of several groups of rows.
+
+        Args:
+            rows: Of the store.
+            turns: Rows of each group, and its rotation from `packed_turn`.
+        """
+        tables = [table for _, table in turns if table is not None]
+        if not tables:
+            return cls(rows, None, None)
+        still = torch.zeros_like(tables[0][:, :1])
+        still[0] = 1
+        cos, sin = torch.cat(
+            [still.expand(-1, count, -1, -1, -1) if table is None else table for count, table in turns], 1
+        ).unbind(0)
+        return cls(rows, cos, sin)
+
+    def rows_of(self, store: Tensor) -> Tensor:
+        """The turned rows `[rows, 2, kv_heads, head_dim]` of a store."""
+        taken = store.index_select(0, self.rows)
+        if self.cos is None or self.sin is None:
+            return taken
+        wide = taken.to(self.cos.dtype)
+        # Rolled by half a head, which with the sign in `sin` is the half turned by a right angle.
+        turned = torch.addcmul(wide * self.cos, wide.roll(wide.shape[-1] // 2, -1), self.sin)
+        return turned.to(taken.dtype)
+
+
+def packed_turn(moves: Sequence[int], inv_freq: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Cosines and sines `[2, rows, 2, 1, head_dim]` of a group of rows for `PackedTurn`; None when no row moves.
+
+    Args:
+        moves: For each row, its new position less its old one.
+        inv_freq: From `frequencies`.
+        dtype: Of the keys.
+    """
+    plain = turn(range(len(moves)), moves, inv_freq, dtype)
+    if plain.cos is None or plain.sin is None:
+        return None
+    half = plain.sin.shape[-1] // 2
+    signed = torch.cat((-plain.sin[:, :half], plain.sin[:, half:]), -1)
+    keys = torch.stack((plain.cos, signed))
+    values = torch.zeros_like(keys)
+    values[0] = 1
+    return torch.stack((keys, values), 2)[:, :, :, None]
 
 
 def frequencies(decoder: Any, head_dim: int) -> Tensor:

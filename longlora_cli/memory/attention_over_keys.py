@@ -2,9 +2,9 @@
 
 A kernel takes documents of queries and keys that follow each other, causal and aligned at their ends. Here rows are
 gathered into that form by index. A query may take part in several documents: the softmax over the keys of all of them
-is the sum of theirs, weighted by their log-sum-exps (Dao et al. 2022, arXiv:2205.14135; Liu et al. 2023, Ring Attention,
+is the sum of theirs, weighted by their log-sum-exps (Dao et al. 2022, arXiv:2205.14135; Liu et al. 2023,
 arXiv:2310.01889), and a kernel that is given the merged output and log-sum-exp returns each document's share of the
-gradients. So masks that are no triangle, but a few triangles side by side, cost what their triangles cost.
+gradients. So a mask that is no triangle, but a few triangles side by side, costs what its triangles cost.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 A *segment* is a run of query rows and the key rows they see: the windows of Activation Beacon (a memory, then the own
 window), several windows computed together, several sequences of any lengths packed behind each other. Without a mask a
 segment is causal and aligned at its end: the last query sees all of its keys, the one before it one less. It may have
-further parts, each causal and aligned by itself, under the same softmax. On a GPU in half precision all such segments go
-through one call of a fused kernel, forward and backward (`attention_over_keys`); elsewhere, and with a mask, each through
-`scaled_dot_product_attention`. The plain twin is `plain_segments`.
+further parts, each causal and aligned by itself, under the same softmax. On a GPU in half precision all such segments
+go through one call of a fused kernel, forward and backward (`attention_over_keys`); elsewhere, and with a mask, each
+through `scaled_dot_product_attention`. The plain twin is `plain_segments`.
 """
 
 from __future__ import annotations
