@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 from beacon_reference import FAMILIES, Reference, loaded, tiny_model, with_beacons
+from loop_kernel import Loops
 from torch import Tensor, nn
 
+import longlora_cli.memory.attention as attention
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.training import window_losses
@@ -62,6 +65,24 @@ def test_loss_and_gradients_of_each_plan_are_those_of_the_method_spelled_out(nam
     expected = reference_loss(model, settings, IDS, labels)
     expected_gradients = gradients(projections, expected)
     found, _ = window_losses(model, settings, [IDS], [labels])
+    torch.testing.assert_close(found, expected.detach(), **EXACT)
+    torch.testing.assert_close(gradients(projections, found), expected_gradients, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [(name, 1) for name in PLANS] + [(name, 3) for name in PLANS if name != "overlapping"],
+)
+def test_a_fused_kernel_gives_the_loss_and_gradients_of_the_method_spelled_out(
+    monkeypatch: pytest.MonkeyPatch, name: str, parallel: int
+) -> None:
+    settings = replace(PLANS[name], parallel=parallel)
+    model, projections = prepared(settings)
+    rows = [IDS, IDS.flip(0)[:20]]
+    expected = sum(reference_loss(model, settings, row, row) for row in rows)
+    expected_gradients = gradients(projections, expected)
+    monkeypatch.setattr(attention, "segment_kernel", lambda backend, query: Loops())
+    found, _ = window_losses(model, settings, rows, rows)
     torch.testing.assert_close(found, expected.detach(), **EXACT)
     torch.testing.assert_close(gradients(projections, found), expected_gradients, **EXACT)
 
