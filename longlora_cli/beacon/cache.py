@@ -150,6 +150,13 @@ class BeaconMemory(Cache):
         keys, values = unpacked(seen)
         return keys[None], values[None]
 
+    def alone(self, layer: int) -> BeaconMemory:
+        """What one layer needs to run a pass by itself, once more, without a trace on this memory."""
+        twin = BeaconMemory(len(self.lengths), len(self.held), collect=True)
+        twin.held[layer] = self.held[layer]
+        twin._moves = self._moves
+        return twin
+
     def length(self, sequence: int = 0) -> int:
         """Rows held of a sequence."""
         return self.lengths[sequence]

@@ -10,6 +10,7 @@ the next layer begins. Row numbers are made here once, on the CPU, and shared by
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from longlora_cli.beacon.cache import BeaconMemory, Moves
+from longlora_cli.beacon.layerwise import recomputed_layers
 from longlora_cli.beacon.projections import BeaconProjections
 from longlora_cli.beacon.rotation import PackedTurn, packed_turn
 from longlora_cli.beacon.window_attention import Segment, computed_rows, segments_of
@@ -278,7 +280,13 @@ def _segments(
 
 
 def run_pass(
-    decoder: Any, projections: BeaconProjections | None, memory: BeaconMemory, ids: Tensor, plan: Pass
+    decoder: Any,
+    projections: BeaconProjections | None,
+    memory: BeaconMemory,
+    ids: Tensor,
+    plan: Pass,
+    *,
+    recompute_layers: bool = False,
 ) -> Tensor:
     """Run one forward pass.
 
@@ -288,6 +296,7 @@ def run_pass(
         memory: Holds what was before; gets what stays.
         ids: Raw tokens of all parts, int64 `[raw rows]`.
         plan: From `plan_pass`.
+        recompute_layers: Checkpoint every layer; the memory then gets nothing, because no pass follows.
 
     Returns:
         Last hidden states of the raw rows, `[raw rows, width]`.
@@ -306,6 +315,7 @@ def run_pass(
     beacon = projections.beacon_embedding.to(embedded.dtype)
     inputs = torch.cat((embedded, beacon.expand(beacons, -1)))
     projections.bind()
-    with projections.route(plan.raw):
+    layers = recomputed_layers(decoder, projections, memory, plan.raw) if recompute_layers else nullcontext()
+    with projections.route(plan.raw), layers:
         hidden: Tensor = decoder(inputs_embeds=inputs[None], **call)[0][0]
     return hidden[: plan.raw]

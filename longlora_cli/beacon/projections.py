@@ -56,6 +56,7 @@ class BeaconProjections(nn.Module):
         self._decoder = (decoder,)  # in a tuple: else it would be a submodule of its own submodule
         self._hooks: dict[tuple[int, str], tuple[nn.Module, Any, Any]] = {}
         self._raw: int | None = None
+        self._casting: list[Any] = []
         self._input: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
         self.names = settings.projections
         master = master_dtype(embedding.dtype)
@@ -67,6 +68,8 @@ class BeaconProjections(nn.Module):
 
     def bind(self) -> None:
         """Put the hooks on the projections, around an adapter's wrapper if there is one by now."""
+        autocast = torch.is_autocast_enabled(self.beacon_embedding.device.type)
+        self._casting = _casting_layers(self._decoder[0]) if autocast else []
         for number, layer in enumerate(self._decoder[0].layers):
             for name in self.names:
                 module = getattr(layer.self_attn, f"{name}_proj")
@@ -89,12 +92,20 @@ class BeaconProjections(nn.Module):
 
     @contextmanager
     def route(self, raw: int) -> Iterator[None]:
-        """While it is open, the rows of every forward pass behind so many raw ones are beacons."""
+        """While it is open, the rows of every forward pass behind so many raw ones are beacons.
+
+        Under autocast an adapter then also leaves the number format of its input alone, see `_casting_layers`.
+        """
         before, self._raw = self._raw, raw
+        casting = [layer for layer in self._casting if layer.cast_input_dtype_enabled]
+        for layer in casting:
+            layer.cast_input_dtype_enabled = False
         try:
             yield
         finally:
             self._raw, self._input = before, (None, ())
+            for layer in casting:
+                layer.cast_input_dtype_enabled = True
 
     def _divided(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Raw rows and beacons; once for the projections that read the same."""
@@ -118,6 +129,19 @@ class BeaconProjections(nn.Module):
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for 16-bit models, as for low-rank adapters: an update of 2e-4 would be rounded away in bf16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _casting_layers(model: nn.Module) -> list[Any]:
+    """Adapter layers that make float32 copies of their inputs, which autocast makes 16-bit again at once.
+
+    The numbers are the same without. An input is many times as wide as a rank, so that the two copies are more than
+    all else that an adapter moves through memory. Variants that do more than two products with it keep theirs.
+    """
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "cast_input_dtype_enabled", False) and not getattr(module, "lora_variant", None)
+    ]
 
 
 def _copy(module: nn.Module, dtype: torch.dtype) -> _Copy:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
+import torch
 from torch import Tensor
 
 from longlora_cli.beacon.cache import BeaconMemory, Rows, join
@@ -272,7 +273,8 @@ class RetrievalSession(BeaconSession):
             if self.settings.hop < self.settings.window:
                 first = self.cursors[0].memory
                 rows = [r for r in self._memory.rows[0] if r is not None]
-                self._stayed = [Rows(r.keys[:, first:].clone(), r.values[:, first:].clone()) for r in rows]
+                whole = torch.contiguous_format  # as files take them
+                self._stayed = [Rows(*(t[:, first:].clone(memory_format=whole) for t in r)) for r in rows]
         return hidden
 
 

@@ -25,7 +25,7 @@ class Turn:
     Args:
         rows: int64 `[rows]`.
         cos: `[rows, head_dim]` in float32 (float64 for float64 keys); None when no row moves.
-        sin: As `cos`.
+        sin: As `cos`, negative in the first half of a head.
     """
 
     rows: Tensor
@@ -37,10 +37,7 @@ class Turn:
         taken = held.index_select(1, self.rows)
         if self.cos is None or self.sin is None:
             return taken
-        wide = taken.to(self.cos.dtype)
-        left, right = wide.chunk(2, dim=-1)
-        turned = wide * self.cos + torch.cat((-right, left), dim=-1) * self.sin
-        return turned.to(taken.dtype)
+        return _rotated(taken, self.cos, self.sin)
 
     def values(self, held: Tensor) -> Tensor:
         """Values `[kv_heads, held rows, head_dim]` -> the same rows, unchanged."""
@@ -54,8 +51,8 @@ class PackedTurn:
     Args:
         rows: int64 `[rows]`.
         cos: `[rows, 2, 1, head_dim]` in float32 (float64 for float64 keys), 1 for values; None when no row moves.
-        sin: As `cos`, negative in the first half of a head and 0 for values: a value comes out as it was, and keys
-            and values are turned by the same few operations.
+        sin: As `cos`, 0 for values: a value comes out as it was, and keys and values are turned by the same few
+            operations.
     """
 
     rows: Tensor
@@ -85,10 +82,7 @@ class PackedTurn:
         taken = store.index_select(0, self.rows)
         if self.cos is None or self.sin is None:
             return taken
-        wide = taken.to(self.cos.dtype)
-        # Rolled by half a head, which with the sign in `sin` is the half turned by a right angle.
-        turned = torch.addcmul(wide * self.cos, wide.roll(wide.shape[-1] // 2, -1), self.sin)
-        return turned.to(taken.dtype)
+        return _rotated(taken, self.cos, self.sin)
 
 
 def packed_turn(moves: Sequence[int], inv_freq: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -102,9 +96,7 @@ def packed_turn(moves: Sequence[int], inv_freq: Tensor, dtype: torch.dtype) -> T
     plain = turn(range(len(moves)), moves, inv_freq, dtype)
     if plain.cos is None or plain.sin is None:
         return None
-    half = plain.sin.shape[-1] // 2
-    signed = torch.cat((-plain.sin[:, :half], plain.sin[:, half:]), -1)
-    keys = torch.stack((plain.cos, signed))
+    keys = torch.stack((plain.cos, plain.sin))
     values = torch.zeros_like(keys)
     values[0] = 1
     return torch.stack((keys, values), 2)[:, :, :, None]
@@ -141,5 +133,11 @@ def turn(rows: Sequence[int], moves: Sequence[int], inv_freq: Tensor, dtype: tor
     # Angles in float64: with float32 an angle of 1,000 radians is off by 3e-5.
     angles = torch.tensor(moves, dtype=torch.float64, device=device)[:, None] * inv_freq.double()
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    both = torch.cat((angles, angles), dim=-1)
-    return Turn(index, both.cos().to(work), both.sin().to(work))
+    cos, sin = angles.cos(), angles.sin()
+    return Turn(index, torch.cat((cos, cos), -1).to(work), torch.cat((-sin, sin), -1).to(work))
+
+
+def _rotated(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys turned in the tables' number format; rolled by half a head and with their sign they are turned by 90°."""
+    wide = keys.to(cos.dtype)
+    return torch.addcmul(wide * cos, wide.roll(wide.shape[-1] // 2, -1), sin).to(keys.dtype)

@@ -1,9 +1,11 @@
 """The training loss: every raw token predicted from the beacons of the windows before and the raw tokens of its own.
 
-Windows are checkpointed whole: one forward pass is a function of its ids and of the beacons before it, so that between
-forward and backward nothing is kept but beacons (keys and values, a ratio-th of what raw tokens would take). Gradients
-flow through all of them to every earlier window (Zhang et al. 2024, arXiv:2401.03462); recomputation: Chen et al. 2016
-(arXiv:1604.06174). Logits exist a tile at a time (`memory/loss.py`).
+What is computed is computed again in the backward pass, and little is kept until then (Chen et al. 2016,
+arXiv:1604.06174). Where all windows of a batch go in one pass, every layer is checkpointed (`layerwise`): its input is
+kept, and one layer's activations exist. Where they take several passes, these are checkpointed whole: a pass is a
+function of its ids and of the beacons before it, so that nothing but beacons is kept (keys and values, a ratio-th of
+what raw tokens would take), and one pass's activations of all layers exist. Gradients flow through all beacons to every
+earlier window (Zhang et al. 2024, arXiv:2401.03462). Logits exist a tile at a time (`memory/loss.py`).
 """
 
 from __future__ import annotations
@@ -61,14 +63,17 @@ class _Job:
     tile_tokens: int
     recompute: bool
 
-    def run(self, plan: Pass, tokens: Tensor, targets: Tensor, held: Sequence[Tensor]) -> tuple[Any, ...]:
-        """`_window`, of which backward computes everything again."""
-        if self.recompute and torch.is_grad_enabled():
+    def run(
+        self, plan: Pass, tokens: Tensor, targets: Tensor, held: Sequence[Tensor], *, only: bool
+    ) -> tuple[Any, ...]:
+        """`_window`, of which backward computes everything again: layer by layer if it is the only pass, else all."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        if recompute and not only:
             result: tuple[Any, ...] = checkpoint(
-                _window, self, plan, tokens, targets, *held, use_reentrant=False
+                _window, self, plan, tokens, targets, False, *held, use_reentrant=False
             )
             return result
-        return _window(self, plan, tokens, targets, *held)
+        return _window(self, plan, tokens, targets, recompute, *held)
 
 
 class _Past:
@@ -145,13 +150,14 @@ def window_losses(
     wide = job.dtype == torch.float64
     total = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=rows[0].device)
     past = _Past(len(rows))
-    for steps in _passes(rows, settings, ratios):
+    passes = list(_passes(rows, settings, ratios))
+    for steps in passes:
         windows = [(n, of_row) for n, _, of_row in steps]
         plan = plan_pass(windows, past.spans, job.inv_freq, job.dtype, collect=True)
         spans = [(n, start, start + sum(w.tokens for w in of_row)) for n, start, of_row in steps]
         tokens = torch.cat([rows[n][start:stop] for n, start, stop in spans])
         targets = torch.cat([moved[n][start:stop] for n, start, stop in spans])
-        loss, closed, stays = job.run(plan, tokens, targets, past.pieces)
+        loss, closed, stays = job.run(plan, tokens, targets, past.pieces, only=len(passes) == 1)
         total = total + loss
         past.add([n for n, *_ in spans], plan, closed, stays)
     return total, sum((row.ne(IGNORE).sum() for row in moved), torch.zeros_like(moved[0][0]))
@@ -198,7 +204,7 @@ def _passes(
 
 
 def _window(
-    job: _Job, plan: Pass, tokens: Tensor, targets: Tensor, *pieces: Tensor
+    job: _Job, plan: Pass, tokens: Tensor, targets: Tensor, recompute_layers: bool, *pieces: Tensor
 ) -> tuple[Tensor | None, ...]:
     """One forward pass: its loss, the memory that its windows leave, the rows that stay raw.
 
@@ -208,7 +214,7 @@ def _window(
     if pieces:
         held = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         memory.held = list(held.unbind(0))
-    hidden = run_pass(job.decoder, job.projections, memory, tokens, plan)
+    hidden = run_pass(job.decoder, job.projections, memory, tokens, plan, recompute_layers=recompute_layers)
     loss, _ = tiled_loss(hidden, job.head, targets, tile_tokens=job.tile_tokens)
     closed, stays = (torch.stack(rows) if rows else None for rows in (memory.closed, memory.open))
     return loss, closed, stays
