@@ -21,7 +21,7 @@ from longlora_cli.beacon.projections import BeaconProjections
 
 @contextmanager
 def recomputed_layers(
-    decoder: Any, projections: BeaconProjections, memory: BeaconMemory, raw: int
+    decoder: Any, projections: BeaconProjections, memory: BeaconMemory, raw: int | None
 ) -> Iterator[None]:
     """While it is open, every decoder layer is checkpointed; each gets what it needs of the pass anew.
 
@@ -29,7 +29,7 @@ def recomputed_layers(
         decoder: Its layers; their own `forward` shows again afterwards.
         projections: Routed in the layer's second run, too, which comes when the pass is long over.
         memory: Has begun a pass; it gets no rows, because no pass follows.
-        raw: Rows before the beacons.
+        raw: Rows before the beacons; None where there are none.
     """
     hidden_by: list[tuple[nn.Module, Any]] = []
 

@@ -310,12 +310,16 @@ def run_pass(
         "segments": plan.segments,
     }
     beacons = len(plan.positions) - plan.raw
-    if projections is None or not beacons:
+    if projections is None:
         return decoder(inputs_embeds=embedded[None], **call)[0][0]  # type: ignore[no-any-return]
-    beacon = projections.beacon_embedding.to(embedded.dtype)
-    inputs = torch.cat((embedded, beacon.expand(beacons, -1)))
-    projections.bind()
-    layers = recomputed_layers(decoder, projections, memory, plan.raw) if recompute_layers else nullcontext()
-    with projections.route(plan.raw), layers:
+    inputs = embedded
+    if beacons:
+        beacon = projections.beacon_embedding.to(embedded.dtype)
+        inputs = torch.cat((embedded, beacon.expand(beacons, -1)))
+    if beacons or torch.is_autocast_enabled(ids.device.type):
+        projections.bind()
+    raw = plan.raw if beacons else None
+    layers = recomputed_layers(decoder, projections, memory, raw) if recompute_layers else nullcontext()
+    with projections.route(raw), layers:
         hidden: Tensor = decoder(inputs_embeds=inputs[None], **call)[0][0]
-    return hidden[: plan.raw]
+    return hidden[: plan.raw] if beacons else hidden

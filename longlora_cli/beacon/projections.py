@@ -91,8 +91,8 @@ class BeaconProjections(nn.Module):
         self._hooks.clear()
 
     @contextmanager
-    def route(self, raw: int) -> Iterator[None]:
-        """While it is open, the rows of every forward pass behind so many raw ones are beacons.
+    def route(self, raw: int | None) -> Iterator[None]:
+        """While it is open, the rows of every forward pass behind so many raw ones are beacons; None: there are none.
 
         Under autocast an adapter then also leaves the number format of its input alone, see `_casting_layers`.
         """

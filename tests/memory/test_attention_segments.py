@@ -136,18 +136,30 @@ def test_a_batch_is_refused() -> None:
         attend_segments(query, query, query, AttentionSegments([AttentionSegment(4, ((0, 4),))], CPU), 1.0)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "flash", "fa4"])
-@pytest.mark.parametrize("heads", [4, 2])
-def test_on_a_gpu_fused_segments_are_no_further_from_float64_than_torch_segment_by_segment(
-    backend: str, heads: int
-) -> None:
-    device = torch.device("cuda")
-    segments = [
+ON_GPU = {
+    "causal": [
         AttentionSegment(1024, ((0, 3000),)),
         AttentionSegment(1100, ((0, 1976), (3000, 4100))),
         AttentionSegment(77, ((4100, 4400),)),
-    ]
+    ],
+    "two windows and their beacons": [
+        AttentionSegment(1024, ((0, 1024),)),
+        AttentionSegment(1024, ((3072, 3200), (1024, 2048))),
+        AttentionSegment(128, ((3072, 3200),), also=tuple(np.arange(n, 1024, 8) for n in range(8))),
+        AttentionSegment(25, ((3200, 4400),), also=tuple(np.arange(1024 + n, 1074, 2) for n in range(2))),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "flash", "fa4"])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_fused_segments_are_no_further_from_float64_than_torch_segment_by_segment(
+    name: str, backend: str, heads: int
+) -> None:
+    device = torch.device("cuda")
+    segments = ON_GPU[name]
     generator = torch.Generator(device).manual_seed(0)
     drawn = [
         torch.randn(1, count, rows, 64, generator=generator, device=device).bfloat16().requires_grad_(True)
