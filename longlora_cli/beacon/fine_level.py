@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlora_cli.beacon.cache import BeaconMemory, Rows, join
+from longlora_cli.beacon.cache import BeaconMemory, Rows, join, unpacked
 from longlora_cli.beacon.passes import plan_pass, run_pass
 from longlora_cli.beacon.projections import BeaconProjections
 from longlora_cli.beacon.rotation import turn
@@ -77,16 +77,14 @@ class FineRunner:
         if step.closing is None:
             raise ValueError(f"{len(ids)} tokens do not fill the window")
         unmoved = replace(step.closing, keep_moves=(0,) * len(step.closing.keep))
-        plan = plan_pass([(0, [replace(step, closing=unmoved)])], self.inv_freq, self.dtype)
-        memory = BeaconMemory(1, len(before), collect=True)
-        memory.rows[0] = list(before)
+        memory = BeaconMemory.of([before], collect=True)
+        steps = [(0, [replace(step, closing=unmoved)])]
+        plan = plan_pass(steps, memory.spans, self.inv_freq, self.dtype, collect=True)
         tokens = torch.tensor(list(ids), dtype=torch.int64, device=self.inv_freq.device)
         run_pass(self.decoder, self.projections, memory, tokens, plan)
         sink = sink_rows(self.settings, cursor.windows)
         layers = tuple(
-            Rows(*(t[:, sink:].to("cpu").contiguous() for t in rows))
-            for rows in memory.closed[0]
-            if rows is not None
+            Rows(*(t[:, sink:].to("cpu").contiguous() for t in unpacked(rows))) for rows in memory.closed
         )
         positions = tuple(cursor.memory + step.layout.positions[row] for row in step.closing.keep[sink:])
         return FineWindow(layers, positions)

@@ -1,9 +1,10 @@
 """Beacons' own projections: trainable copies of frozen linear layers, used for beacon rows alone.
 
-No module is replaced. A forward hook on each projection runs the copy on the beacon rows of its input and puts the
-result in place of the base's. So names stay what they are, NF4 and int8 bases stay as they are, and a low-rank adapter
-on the same layers serves raw rows alone: folding it into the base later changes nothing for beacons. Zhang et al.
-2024 (arXiv:2401.03462): "we introduce additional trainable projections for the beacon tokens".
+No module is replaced. Hooks on each projection give the base the raw rows of its input alone, run the copy on the
+beacon rows, which stand behind them, and put the two results together. So names stay what they are, NF4 and int8 bases
+stay as they are, and a low-rank adapter on the same layers serves raw rows alone: folding it into the base later
+changes nothing for beacons. Zhang et al. 2024 (arXiv:2401.03462): "we introduce additional trainable projections for
+the beacon tokens".
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ class BeaconProjections(nn.Module):
     def __init__(self, decoder: Any, settings: BeaconSettings, embedding: Tensor) -> None:
         super().__init__()
         self._decoder = (decoder,)  # in a tuple: else it would be a submodule of its own submodule
-        self._hooks: dict[tuple[int, str], tuple[nn.Module, Any]] = {}
-        self._rows: Tensor | None = None
+        self._hooks: dict[tuple[int, str], tuple[nn.Module, Any, Any]] = {}
+        self._raw: int | None = None
+        self._casting: list[Any] = []
+        self._input: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
         self.names = settings.projections
         master = master_dtype(embedding.dtype)
         self.beacon_embedding = nn.Parameter(embedding.detach().to(master, copy=True)[None])
@@ -65,44 +68,60 @@ class BeaconProjections(nn.Module):
 
     def bind(self) -> None:
         """Put the hooks on the projections, around an adapter's wrapper if there is one by now."""
+        autocast = torch.is_autocast_enabled(self.beacon_embedding.device.type)
+        self._casting = _casting_layers(self._decoder[0]) if autocast else []
         for number, layer in enumerate(self._decoder[0].layers):
             for name in self.names:
                 module = getattr(layer.self_attn, f"{name}_proj")
                 held = self._hooks.get((number, name))
                 if held is not None and held[0] is module:
                     continue
-                if held is not None:
-                    held[1].remove()
+                for handle in held[1:] if held is not None else ():
+                    handle.remove()
                 copies: Any = self.layers[number]
-                handle = module.register_forward_hook(self._hook(copies[name]))
-                self._hooks[number, name] = module, handle
+                before = module.register_forward_pre_hook(self._raw_rows)
+                behind = module.register_forward_hook(self._with_beacons(copies[name]))
+                self._hooks[number, name] = module, before, behind
 
     def unbind(self) -> None:
         """Take all hooks off; the base then computes as before."""
-        for _, handle in self._hooks.values():
-            handle.remove()
+        for _, *handles in self._hooks.values():
+            for handle in handles:
+                handle.remove()
         self._hooks.clear()
 
     @contextmanager
-    def route(self, rows: Tensor) -> Iterator[None]:
-        """While it is open, these rows of every forward pass are beacons.
+    def route(self, raw: int | None) -> Iterator[None]:
+        """While it is open, the rows of every forward pass behind so many raw ones are beacons; None: there are none.
 
-        Args:
-            rows: int64 `[beacons]` into the tokens; may be empty.
+        Under autocast an adapter then also leaves the number format of its input alone, see `_casting_layers`.
         """
-        before, self._rows = self._rows, rows if rows.numel() else None
+        before, self._raw = self._raw, raw
+        casting = [layer for layer in self._casting if layer.cast_input_dtype_enabled]
+        for layer in casting:
+            layer.cast_input_dtype_enabled = False
         try:
             yield
         finally:
-            self._rows = before
+            self._raw, self._input = before, (None, ())
+            for layer in casting:
+                layer.cast_input_dtype_enabled = True
 
-    def _hook(self, copy: nn.Module) -> Any:
+    def _divided(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Raw rows and beacons; once for the projections that read the same."""
+        if self._input[0] is not rows:
+            self._input = rows, rows.split((self._raw, rows.shape[1] - self._raw), dim=1)  # type: ignore[operator]
+        return self._input[1]
+
+    def _raw_rows(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return None if self._raw is None else (self._divided(args[0])[0], *args[1:])
+
+    def _with_beacons(self, copy: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            rows = self._rows
-            if rows is None:
+            if self._raw is None:
                 return None
-            own = copy(args[0].index_select(1, rows))
-            return output.index_copy(1, rows, own.to(output.dtype))
+            own = copy(self._input[1][1])
+            return torch.cat((output, own.to(output.dtype)), 1)
 
         return hook
 
@@ -110,6 +129,19 @@ class BeaconProjections(nn.Module):
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for 16-bit models, as for low-rank adapters: an update of 2e-4 would be rounded away in bf16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _casting_layers(model: nn.Module) -> list[Any]:
+    """Adapter layers that make float32 copies of their inputs, which autocast makes 16-bit again at once.
+
+    The numbers are the same without. An input is many times as wide as a rank, so that the two copies are more than
+    all else that an adapter moves through memory. Variants that do more than two products with it keep theirs.
+    """
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "cast_input_dtype_enabled", False) and not getattr(module, "lora_variant", None)
+    ]
 
 
 def _copy(module: nn.Module, dtype: torch.dtype) -> _Copy:

@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
+import torch
 from torch import Tensor
 
-from longlora_cli.beacon.cache import Rows, join
+from longlora_cli.beacon.cache import BeaconMemory, Rows, join
 from longlora_cli.beacon.fine_level import FineRunner, FineWindow, Swap, first_rows
 from longlora_cli.beacon.retrieval import (
     NONE,
@@ -212,7 +213,7 @@ class RetrievalSession(BeaconSession):
         if wanted:
             self._drop_stale()
             fine = {number: self._fine_window(number) for number in wanted}
-            twin._memory.rows[0] = swap.apply(held, fine, self._inv_freq, self._dtype)
+            twin._memory = BeaconMemory.of([swap.apply(held, fine, self._inv_freq, self._dtype)])
             twin._rows = [replace(row, cursor=replace(row.cursor, memory=swap.new_memory))]
         return twin
 
@@ -272,7 +273,8 @@ class RetrievalSession(BeaconSession):
             if self.settings.hop < self.settings.window:
                 first = self.cursors[0].memory
                 rows = [r for r in self._memory.rows[0] if r is not None]
-                self._stayed = [Rows(r.keys[:, first:].clone(), r.values[:, first:].clone()) for r in rows]
+                whole = torch.contiguous_format  # as files take them
+                self._stayed = [Rows(*(t[:, first:].clone(memory_format=whole) for t in r)) for r in rows]
         return hidden
 
 

@@ -54,9 +54,9 @@ def _open_from(session: BeaconSession) -> int:
 
 def _first(memory: BeaconMemory, rows: int) -> BeaconMemory:
     """The first rows of every layer, in memory of their own."""
-    twin = memory.copy()
-    twin.rows = [
-        [None if r is None or not rows else Rows(*(t[:, :rows].clone() for t in r)) for r in sequence]
-        for sequence in memory.rows
-    ]
-    return twin
+    return BeaconMemory.of(
+        [
+            [None if r is None or not rows else Rows(*(t[:, :rows] for t in r)) for r in sequence]
+            for sequence in memory.rows
+        ]
+    )

@@ -249,11 +249,12 @@ class BeaconSession:
         session = cls(loaded, settings, generator=ratios.generator)
         session._ratios, session._batched, session._ids = ratios, content["batched"], content["ids"]
         session._rows = [_Row(Cursor(**row["cursor"]), tuple(row["ratios"])) for row in content["rows"]]
-        session._memory = BeaconMemory(len(session._rows), loaded.facts.layers)
         tensors = load_file(str(path / "memory.safetensors"), device=str(loaded.device))
+        held: list[list[Rows | None]] = [[None] * loaded.facts.layers for _ in session._rows]
         for name in {name.rsplit(".", 1)[0] for name in tensors}:
             row, layer = (int(number) for number in name.split("."))
-            session._memory.rows[row][layer] = Rows(tensors[f"{name}.keys"], tensors[f"{name}.values"])
+            held[row][layer] = Rows(tensors[f"{name}.keys"], tensors[f"{name}.values"])
+        session._memory = BeaconMemory.of(held)
         return session
 
     def stats(self) -> BeaconStats:
@@ -310,7 +311,7 @@ class BeaconSession:
                 windows, after[number] = self._windows(self._rows[number], new)
                 steps.append((number, windows))
                 ids[number] = list(new[: sum(step.tokens for step in windows)])
-        plan = plan_pass(steps, self._inv_freq, self._dtype)
+        plan = plan_pass(steps, self._memory.spans, self._inv_freq, self._dtype)
         before = self._memory.copy()
         try:
             tokens = torch.tensor(

@@ -1,9 +1,11 @@
 """The training loss: every raw token predicted from the beacons of the windows before and the raw tokens of its own.
 
-Windows are checkpointed whole: one forward pass is a function of its ids and of the beacons before it, so that between
-forward and backward nothing is kept but beacons (keys and values, a ratio-th of what raw tokens would take). Gradients
-flow through all of them to every earlier window (Zhang et al. 2024, arXiv:2401.03462); recomputation: Chen et al. 2016
-(arXiv:1604.06174). Logits exist a tile at a time (`memory/loss.py`).
+What is computed is computed again in the backward pass, and little is kept until then (Chen et al. 2016,
+arXiv:1604.06174). Where all windows of a batch go in one pass, every layer is checkpointed (`layerwise`): its input is
+kept, and one layer's activations exist. Where they take several passes, these are checkpointed whole: a pass is a
+function of its ids and of the beacons before it, so that nothing but beacons is kept (keys and values, a ratio-th of
+what raw tokens would take), and one pass's activations of all layers exist. Gradients flow through all beacons to every
+earlier window (Zhang et al. 2024, arXiv:2401.03462). Logits exist a tile at a time (`memory/loss.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longlora_cli.beacon.cache import BeaconMemory, Rows
+from longlora_cli.beacon.cache import BeaconMemory
 from longlora_cli.beacon.passes import Pass, plan_pass, run_pass
 from longlora_cli.beacon.projections import BeaconProjections, projections_of
 from longlora_cli.beacon.ratios import RatioSource
@@ -62,17 +64,52 @@ class _Job:
     recompute: bool
 
     def run(
-        self, plan: Pass, tokens: Tensor, targets: Tensor, held: Sequence[Sequence[Tensor]]
+        self, plan: Pass, tokens: Tensor, targets: Tensor, held: Sequence[Tensor], *, only: bool
     ) -> tuple[Any, ...]:
-        """`_window`, of which backward computes everything again."""
-        pieces = [piece for of_row in held for piece in of_row]
-        counts = [len(of_row) for of_row in held]
-        if self.recompute and torch.is_grad_enabled():
+        """`_window`, of which backward computes everything again: layer by layer if it is the only pass, else all."""
+        recompute = self.recompute and torch.is_grad_enabled()
+        if recompute and not only:
             result: tuple[Any, ...] = checkpoint(
-                _window, self, plan, tokens, targets, counts, *pieces, use_reentrant=False
+                _window, self, plan, tokens, targets, False, *held, use_reentrant=False
             )
             return result
-        return _window(self, plan, tokens, targets, counts, *pieces)
+        return _window(self, plan, tokens, targets, recompute, *held)
+
+
+class _Past:
+    """What earlier passes of a batch left, one tensor a pass, and which rows are whose."""
+
+    def __init__(self, sequences: int) -> None:
+        self._closed: list[Tensor] = []
+        self._open: list[Tensor] = []
+        self._rows = 0
+        self._closed_spans: list[list[tuple[int, int]]] = [[] for _ in range(sequences)]
+        self._open_counts = [0] * sequences
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """Each `[layers, rows, 2, kv_heads, head_dim]`."""
+        return [*self._closed, *self._open]
+
+    @property
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """Of each sequence its rows in the pieces put behind each other: its memory, then what stayed raw."""
+        found, start = [], self._rows
+        for closed, count in zip(self._closed_spans, self._open_counts, strict=True):
+            found.append([*closed, *([(start, start + count)] if count else [])])
+            start += count
+        return found
+
+    def add(self, sequences: Sequence[int], plan: Pass, closed: Tensor | None, stays: Tensor | None) -> None:
+        """Take what a pass over these sequences left."""
+        for sequence, count in zip(sequences, plan.kept_counts, strict=True):
+            self._closed_spans[sequence] += [(self._rows, self._rows + count)] if count else []
+            self._rows += count
+        self._open_counts = [0] * len(self._open_counts)
+        for sequence, count in zip(sequences, plan.stay_counts, strict=True):
+            self._open_counts[sequence] = count
+        self._closed += [] if closed is None else [closed]
+        self._open = [] if stays is None else [stays]
 
 
 def window_losses(
@@ -112,18 +149,17 @@ def window_losses(
     moved = [shifted_labels(row, settings) for row in labels]
     wide = job.dtype == torch.float64
     total = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=rows[0].device)
-    memory: list[list[Tensor]] = [[] for _ in rows]
-    staying: list[list[Tensor]] = [[] for _ in rows]
-    for steps in _passes(rows, settings, ratios):
-        plan = plan_pass([(n, windows) for n, _, windows in steps], job.inv_freq, job.dtype)
-        spans = [(n, start, start + sum(w.tokens for w in windows)) for n, start, windows in steps]
+    past = _Past(len(rows))
+    passes = list(_passes(rows, settings, ratios))
+    for steps in passes:
+        windows = [(n, of_row) for n, _, of_row in steps]
+        plan = plan_pass(windows, past.spans, job.inv_freq, job.dtype, collect=True)
+        spans = [(n, start, start + sum(w.tokens for w in of_row)) for n, start, of_row in steps]
         tokens = torch.cat([rows[n][start:stop] for n, start, stop in spans])
         targets = torch.cat([moved[n][start:stop] for n, start, stop in spans])
-        loss, *left = job.run(plan, tokens, targets, [memory[n] + staying[n] for n, *_ in spans])
+        loss, closed, stays = job.run(plan, tokens, targets, past.pieces, only=len(passes) == 1)
         total = total + loss
-        for (n, *_), closed, stays in zip(spans, left[: len(spans)], left[len(spans) :], strict=True):
-            memory[n] += [] if closed is None else [closed]
-            staying[n] = [] if stays is None else [stays]
+        past.add([n for n, *_ in spans], plan, closed, stays)
     return total, sum((row.ne(IGNORE).sum() for row in moved), torch.zeros_like(moved[0][0]))
 
 
@@ -168,27 +204,17 @@ def _passes(
 
 
 def _window(
-    job: _Job, plan: Pass, tokens: Tensor, targets: Tensor, counts: Sequence[int], *pieces: Tensor
+    job: _Job, plan: Pass, tokens: Tensor, targets: Tensor, recompute_layers: bool, *pieces: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """One forward pass: its loss, for each sequence the memory that its windows leave, for each the rows that stay raw.
+    """One forward pass: its loss, the memory that its windows leave, the rows that stay raw.
 
-    A piece of memory is `[layers, 2, kv_heads, rows, head_dim]`: one tensor, so that a pass saves few.
+    A piece of memory is `[layers, rows, 2, kv_heads, head_dim]`, of all sequences: a pass saves few tensors.
     """
-    memory = BeaconMemory(
-        1 + max(part.sequence for part in plan.parts), len(job.decoder.layers), collect=True
-    )
-    first = 0
-    for part, count in zip(plan.parts, counts, strict=True):
-        if count:
-            held = torch.cat(pieces[first : first + count], dim=3)
-            memory.rows[part.sequence] = [Rows(*layer.unbind(0)) for layer in held.unbind(0)]
-        first += count
-    hidden = run_pass(job.decoder, job.projections, memory, tokens, plan)
+    memory = BeaconMemory(1, len(job.decoder.layers), collect=True)
+    if pieces:
+        held = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        memory.held = list(held.unbind(0))
+    hidden = run_pass(job.decoder, job.projections, memory, tokens, plan, recompute_layers=recompute_layers)
     loss, _ = tiled_loss(hidden, job.head, targets, tile_tokens=job.tile_tokens)
-    left = [rows[part.sequence] for rows in (memory.closed, memory.open) for part in plan.parts]
-    return loss, *(_packed(layers) for layers in left)
-
-
-def _packed(layers: Sequence[Rows | None]) -> Tensor | None:
-    held = [torch.stack(rows) for rows in layers if rows is not None]
-    return torch.stack(held) if held else None
+    closed, stays = (torch.stack(rows) if rows else None for rows in (memory.closed, memory.open))
+    return loss, closed, stays

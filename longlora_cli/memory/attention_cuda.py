@@ -107,7 +107,7 @@ class FlashKernel:
         key_lengths: Sequence[int],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """See `attention_segments.OverKeys`."""
+        """See `attention_over_keys.OverKeys`."""
         starts, longest = document_starts(tuple(lengths), q.device), max(lengths)
         key_starts, longest_keys = document_starts(tuple(key_lengths), q.device), max(key_lengths)
         out, lse, *_ = _ATEN._flash_attention_forward.default(
@@ -143,7 +143,7 @@ class FlashKernel:
         key_lengths: Sequence[int],
         scale: float,
     ) -> Gradients:
-        """See `attention_segments.OverKeys`."""
+        """See `attention_over_keys.OverKeys`."""
         starts, longest = document_starts(tuple(lengths), q.device), max(lengths)
         key_starts, longest_keys = document_starts(tuple(key_lengths), q.device), max(key_lengths)
         # Random state of the dropout that is not used.

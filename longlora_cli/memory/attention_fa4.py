@@ -112,7 +112,7 @@ class Fa4Kernel:
         key_lengths: Sequence[int],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """See `attention_segments.OverKeys`; its causal mask, too, is aligned at the last query and key."""
+        """See `attention_over_keys.OverKeys`; its causal mask, too, is aligned at the last query and key."""
         with torch.cuda.device(q.device):
             out, lse, *_ = self._forward(
                 q=q,
@@ -137,7 +137,7 @@ class Fa4Kernel:
         key_lengths: Sequence[int],
         scale: float,
     ) -> Gradients:
-        """See `attention_segments.OverKeys`."""
+        """See `attention_over_keys.OverKeys`."""
         with torch.cuda.device(q.device):
             dq, dk, dv, *_ = self._backward(
                 q=q,

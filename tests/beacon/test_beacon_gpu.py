@@ -49,11 +49,12 @@ def test_a_session_in_bf16_is_as_close_to_the_method_with_fused_kernels_as_witho
     assert fused < 0.2 * exact.norm()
 
 
-@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("parallel", [1, 3, 4])
+@pytest.mark.parametrize("name", ["full-coverage", "step-expansion"])
 def test_gradients_in_bf16_are_as_close_with_fused_kernels_as_without(
-    monkeypatch: pytest.MonkeyPatch, parallel: int
+    monkeypatch: pytest.MonkeyPatch, name: str, parallel: int
 ) -> None:
-    settings = replace(SETTINGS, parallel=parallel)
+    settings = replace(SETTINGS, parallel=parallel, attention=name)
     exact_model = tiny_model()
     with_beacons(exact_model, settings)
     ids = torch.tensor(IDS)

@@ -63,9 +63,8 @@ def test_going_back_frees_the_memory_of_what_is_forgotten() -> None:
     _, session = prepared(PLANS["interleaved"])
     session.feed(IDS)
     rewind(session, 8)
-    keys = session.memory.rows[0][0]
-    assert keys is not None
-    assert keys.keys.untyped_storage().nbytes() == keys.keys.numel() * keys.keys.element_size()
+    held = sum(tensor.untyped_storage().nbytes() for tensor in session.memory.held if tensor is not None)
+    assert held == session.memory.kv_bytes == session.memory.length() * 3 * 2 * 2 * 8 * 8
 
 
 def test_a_place_that_cannot_be_gone_back_to_is_refused() -> None:

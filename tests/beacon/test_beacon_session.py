@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from beacon_reference import FAMILIES, Reference, loaded, tiny_model, with_beacons
+from loop_kernel import Loops
 from torch import Tensor
 
+import longlora_cli.memory.attention as attention
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.weights import attach, detach
@@ -104,6 +107,21 @@ def test_a_prompt_in_any_pieces_is_the_prompt_whole(name: str, cuts: tuple[int, 
         start, turn = start + cuts[turn % len(cuts)], turn + 1
     torch.testing.assert_close(logits, expected, **EXACT)
     assert session.ids == IDS
+
+
+@pytest.mark.parametrize("pieces", [[37], [5, 1, 13, 1, 17]])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_fused_kernel_reads_a_batch_in_pieces_as_each_row_is_read_without_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, pieces: list[int]
+) -> None:
+    _, session = prepared(PLANS[name])
+    rows = [IDS, IDS[::-1], IDS[3:]]
+    expected = [session.fork().feed(row) for row in rows]
+    monkeypatch.setattr(attention, "segment_kernel", lambda backend, query: Loops())
+    session.reset()
+    for stop, count in zip(accumulate(pieces), pieces, strict=True):
+        found = session.feed([row[stop - count : stop] for row in rows])
+    torch.testing.assert_close(found, torch.stack(expected), **EXACT)
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if "overlapping" not in name])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 from beacon_reference import FAMILIES, Reference, loaded, tiny_model, with_beacons
+from loop_kernel import Loops
 from torch import Tensor, nn
 
+import longlora_cli.memory.attention as attention
 from longlora_cli.beacon.session import BeaconSession
 from longlora_cli.beacon.settings import BeaconSettings
 from longlora_cli.beacon.training import window_losses
@@ -66,6 +69,24 @@ def test_loss_and_gradients_of_each_plan_are_those_of_the_method_spelled_out(nam
     torch.testing.assert_close(gradients(projections, found), expected_gradients, **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("name", "parallel"),
+    [(name, 1) for name in PLANS] + [(name, n) for name in PLANS if name != "overlapping" for n in (3, 4)],
+)
+def test_a_fused_kernel_gives_the_loss_and_gradients_of_the_method_spelled_out(
+    monkeypatch: pytest.MonkeyPatch, name: str, parallel: int
+) -> None:
+    settings = replace(PLANS[name], parallel=parallel)
+    model, projections = prepared(settings)
+    rows = [IDS, IDS.flip(0)[:20]]
+    expected = sum(reference_loss(model, settings, row, row) for row in rows)
+    expected_gradients = gradients(projections, expected)
+    monkeypatch.setattr(attention, "segment_kernel", lambda backend, query: Loops())
+    found, _ = window_losses(model, settings, rows, rows)
+    torch.testing.assert_close(found, expected.detach(), **EXACT)
+    torch.testing.assert_close(gradients(projections, found), expected_gradients, **EXACT)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_of_each_family_are_those_of_the_method_spelled_out(family: str) -> None:
     settings = PLANS["interleaved"]
@@ -89,32 +110,74 @@ def test_windows_in_parallel_have_the_loss_and_gradients_of_windows_in_turn(name
     torch.testing.assert_close(gradients(projections, found), expected_gradients, **EXACT)
 
 
-def test_recomputing_windows_changes_no_number() -> None:
-    model, projections = prepared(PLANS["interleaved"])
-    kept, _ = window_losses(model, PLANS["interleaved"], [IDS], [IDS], recompute=False)
+@pytest.mark.parametrize("parallel", [1, 2, 4])
+def test_recomputing_passes_or_the_layers_of_one_pass_changes_no_number(parallel: int) -> None:
+    settings = replace(PLANS["interleaved"], parallel=parallel)
+    model, projections = prepared(settings)
+    kept, _ = window_losses(model, settings, [IDS], [IDS], recompute=False)
     expected = gradients(projections, kept)
-    found, _ = window_losses(model, PLANS["interleaved"], [IDS], [IDS])
+    found, _ = window_losses(model, settings, [IDS], [IDS])
     assert torch.equal(found, kept)
     torch.testing.assert_close(gradients(projections, found), expected, rtol=0, atol=0)
 
 
-def test_recomputing_windows_keeps_beacons_alone_between_forward_and_backward() -> None:
-    settings = BeaconSettings(window=32, ratios=(8,))
+def saved_bytes(parallel: int, recompute: bool) -> int:
+    """Between forward and backward, of 256 tokens in 8 windows at ratio 8, weights included that a product keeps."""
+    settings = BeaconSettings(window=32, ratios=(8,), parallel=parallel)
     model, _ = prepared(settings)
     ids = IDS.repeat(9)[:256]
+    held: dict[int, int] = {}
 
-    def saved_bytes(recompute: bool) -> int:
-        held: dict[int, int] = {}
+    def pack(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
 
-        def pack(tensor: Tensor) -> Tensor:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        window_losses(model, settings, [ids], [ids], recompute=recompute)
+    return sum(held.values())
 
+
+def test_recomputing_windows_keeps_beacons_alone_between_forward_and_backward() -> None:
+    assert saved_bytes(1, True) < saved_bytes(1, False) / 50
+
+
+def test_recomputing_layers_keeps_their_inputs_alone_between_forward_and_backward() -> None:
+    rows, inputs = 256 + 7 * 4, 3 + 1  # of three layers, and of the norm behind them
+    loss_slope, norm_extra = 256 * 32 * 8, rows * 8 * 33
+    assert saved_bytes(8, True) <= rows * inputs * 32 * 8 + loss_slope + norm_extra + 65536
+
+
+def test_a_batch_without_beacons_is_recomputed_layer_by_layer_too() -> None:
+    settings = PLANS["interleaved"]
+    model, _ = prepared(settings)
+    weight = model.model.embed_tokens.weight.requires_grad_(True)
+    grads, saved = [], []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[-1] += tensor.numel()
+        return tensor
+
+    for recompute in (False, True):
+        saved.append(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            window_losses(model, settings, [ids], [ids], recompute=recompute)
-        return sum(held.values())
+            loss, count = window_losses(model, settings, [IDS[:8]], [IDS[:8]], recompute=recompute)
+        assert count == 7
+        grads += torch.autograd.grad(loss, [weight])
+    assert torch.equal(grads[0], grads[1])
+    assert saved[1] < saved[0] / 3
 
-    assert saved_bytes(True) < saved_bytes(False) / 50
+
+def test_layers_are_what_they_were_after_a_pass_that_recomputes_them_and_after_one_that_fails() -> None:
+    settings = replace(PLANS["interleaved"], parallel=4)
+    model, _ = prepared(settings)
+    before = [dict(layer.__dict__) for layer in model.model.layers]
+    window_losses(model, settings, [IDS], [IDS])
+    with pytest.raises(IndexError):
+        window_losses(model, settings, [IDS + 64], [IDS])
+    model.model.norm.weight = None
+    with pytest.raises(TypeError):
+        window_losses(model, settings, [IDS], [IDS])
+    assert [dict(layer.__dict__) for layer in model.model.layers] == before
 
 
 def test_a_batch_has_the_sum_of_the_losses_and_gradients_of_its_rows() -> None:
@@ -269,6 +332,48 @@ def test_beacons_before_an_adapter_are_beacons_after_it() -> None:
     names = results[0][1]
     assert sum("lora_" in name for name in names) == 2 * 7 * 3
     assert sum(".beacon." in name for name in names) == 1 + 3 * 3
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_under_autocast_an_adapter_without_float32_copies_of_its_inputs_computes_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, parallel: int
+) -> None:
+    settings = BeaconSettings(window=8, ratios=(4,), parallel=parallel)
+    model = tiny_model().float()
+    attach(model, settings, eos_token_id=2, bos_token_id=1)
+    wrapped = with_lora(model).float()
+    model.model.beacon.requires_grad_(True)
+    trained = nn.ModuleList([wrapped])
+    copies = []
+
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, _ = window_losses(model, settings, [IDS], [IDS])
+        return loss.detach(), gradients(trained, loss)
+
+    layer = model.model.layers[1].mlp.up_proj
+    cast = layer._cast_input_dtype
+
+    def watched(x: Tensor, dtype: torch.dtype) -> Tensor:
+        found: Tensor = cast(x, dtype)
+        copies.append(found.dtype)
+        return found
+
+    monkeypatch.setattr(layer, "_cast_input_dtype", watched)
+    model.to(torch.bfloat16)
+    wrapped.float()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" not in name and ".beacon." not in name:
+            parameter.data = parameter.data.bfloat16()
+    found = run()
+    assert copies
+    assert set(copies) == {torch.bfloat16}
+    assert layer.cast_input_dtype_enabled
+    monkeypatch.setattr("longlora_cli.beacon.projections._casting_layers", lambda model: [])
+    expected = run()
+    assert copies[-1] == torch.float32
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=0)
 
 
 def test_an_adapter_folded_into_the_base_leaves_beacons_what_they_were() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
+from loop_kernel import Loops
 from torch import Tensor, nn
 
 from longlora_cli.errors import IncompatibleError
@@ -21,6 +23,7 @@ from longlora_cli.memory.attention_segments import (
 CPU = torch.device("cpu")
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 MASK = torch.tensor([[1, 0, 1, 0, 1], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+STRIDED = (np.array([4, 6, 9]), np.array([5, 7, 10]))
 CASES = {
     "one causal document": [AttentionSegment(7, ((0, 7),))],
     "a memory and a window": [AttentionSegment(5, ((0, 12),))],
@@ -29,55 +32,23 @@ CASES = {
     "two windows over one memory": [AttentionSegment(3, ((0, 6),)), AttentionSegment(4, ((0, 2), (8, 14)))],
     "packed sequences": [AttentionSegment(n, (keys,)) for n, keys in ((1, (0, 4)), (6, (4, 10)), (2, (10, 15)))],
     "a mask": [AttentionSegment(2, ((0, 4),)), AttentionSegment(3, ((1, 3), (6, 9)), MASK)],
+    "keys by their numbers": [AttentionSegment(3, ((4, 6), np.array([1, 8, 0])))],
+    "three parts": [AttentionSegment(2, ((0, 4),)), AttentionSegment(3, ((0, 4), (8, 11)), also=STRIDED)],
+    "parts and a mask": [AttentionSegment(3, ((2, 8),), also=STRIDED[:1]), AttentionSegment(3, ((1, 6),), MASK)],
+    "two and three parts": [
+        AttentionSegment(2, ((0, 2),), also=STRIDED), AttentionSegment(3, ((0, 7),)),
+        AttentionSegment(1, ((3, 4),), also=STRIDED[1:]), AttentionSegment(3, ((5, 9),), also=STRIDED),
+    ],
 }  # fmt: skip
 
 
 def tensors(segments: Sequence[AttentionSegment], heads: int = 4, kv_heads: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     queries = sum(segment.queries for segment in segments)
-    keys = max(stop for segment in segments for _, stop in segment.keys)
+    keys = AttentionSegments(segments, CPU).last_key + 1
     sizes = [(1, heads, queries, 8), (1, kv_heads, keys, 8), (1, kv_heads, keys, 8)]
     drawn = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
     return [tensor.requires_grad_(True) for tensor in drawn]
-
-
-class Loops:
-    """A fused kernel in loops, so that what surrounds one is tested without a GPU."""
-
-    def forward_over(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Sequence[int],
-        key_lengths: Sequence[int],
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        assert k.shape[0] == sum(key_lengths)
-        starts = [sum(key_lengths[:n]) for n in range(len(key_lengths))]
-        segments = [
-            AttentionSegment(n, ((start, start + keys),))
-            for n, start, keys in zip(lengths, starts, key_lengths, strict=True)
-        ]
-        out = plain_segments(*(t.transpose(0, 1)[None] for t in (q, k, v)), segments, scale)[0]
-        return out, out.new_zeros(0)
-
-    def backward_over(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        lengths: Sequence[int],
-        key_lengths: Sequence[int],
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(True) for t in (q, k, v)]
-            again, _ = self.forward_over(*leaves, lengths, key_lengths, scale)
-            return torch.autograd.grad(again, leaves, grad)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("kernel", [None, Loops()])
@@ -93,19 +64,41 @@ def test_values_and_gradients_are_those_of_one_softmax_a_row(name: str, kernel: 
     torch.testing.assert_close(torch.autograd.grad(found, inputs, slope), expected_gradients, **EXACT)
 
 
-def test_masks_and_single_queries_are_left_to_torch_and_the_rest_is_fused() -> None:
-    fusible = {name: AttentionSegments(segments, CPU).fusible for name, segments in CASES.items()}
-    assert [name for name, fused in fusible.items() if not fused] == ["one query", "a mask"]
+@pytest.mark.parametrize("kernel", [None, Loops()])
+@pytest.mark.parametrize("name", CASES)
+def test_queries_in_another_order_are_the_same_queries(name: str, kernel: Loops | None) -> None:
+    segments = CASES[name]
+    query, key, value = tensors(segments)
+    expected = plain_segments(query, key, value, segments, 0.3)
+    slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected_gradients = torch.autograd.grad(expected, (query, key, value), slope)
+    order = np.random.default_rng(2).permutation(query.shape[2])
+    rows = torch.from_numpy(np.argsort(order))
+    moved = query[:, :, rows].detach().requires_grad_(True)
+    found = attend_segments(moved, key, value, AttentionSegments(segments, CPU, order), 0.3, kernel=kernel)
+    torch.testing.assert_close(found, expected[:, rows], **EXACT)
+    dq, *rest = torch.autograd.grad(found, (moved, key, value), slope[:, rows])
+    torch.testing.assert_close(
+        [dq, *rest], [expected_gradients[0][:, :, rows], *expected_gradients[1:]], **EXACT
+    )
+
+
+def test_masks_and_a_single_query_are_left_to_torch_and_the_rest_is_fused() -> None:
+    fused = {name: AttentionSegments(segments, CPU).fused for name, segments in CASES.items()}
+    apart = {name: found for name, found in fused.items() if found != tuple(range(len(CASES[name])))}
+    assert apart == {"one query": (), "a mask": (0,), "parts and a mask": (0,)}
 
 
 def test_keys_that_lie_behind_each_other_are_not_copied() -> None:
-    copied = {
-        name: AttentionSegments(segments, CPU).key_index is not None for name, segments in CASES.items()
-    }
-    assert [name for name, copy in copied.items() if copy] == [
-        "as many keys as queries, apart",
-        "two windows over one memory",
-        "a mask",
+    copied = {}
+    for name, segments in CASES.items():
+        grouped = AttentionSegments(segments, CPU)
+        copied[name] = bool(grouped.fused) and grouped.gathering(grouped.last_key).copies_keys
+    assert [name for name, copy in copied.items() if not copy] == [
+        "one causal document",
+        "a memory and a window",
+        "one query",
+        "packed sequences",
     ]
 
 
@@ -127,6 +120,8 @@ def test_on_a_cpu_no_fused_kernel_is_named() -> None:
         ([AttentionSegment(3, ((0, 2),))], "3 causal queries over 2 keys"),
         ([AttentionSegment(3, ((0, 9),))], "3 queries in a row of 4"),
         ([AttentionSegment(4, ((0, 11),))], "beyond the 10 keys"),
+        ([AttentionSegment(4, ((0, 9),), also=(np.array([3, 2, 1]),))], "4 causal queries over 3 keys"),
+        ([AttentionSegment(3, ((1, 6),), MASK, also=STRIDED)], "no further parts"),
     ],
 )
 def test_segments_that_do_not_fit_are_refused(segments: list[AttentionSegment], part: str) -> None:
@@ -141,18 +136,30 @@ def test_a_batch_is_refused() -> None:
         attend_segments(query, query, query, AttentionSegments([AttentionSegment(4, ((0, 4),))], CPU), 1.0)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["auto", "flash", "fa4"])
-@pytest.mark.parametrize("heads", [4, 2])
-def test_on_a_gpu_fused_segments_are_no_further_from_float64_than_torch_segment_by_segment(
-    backend: str, heads: int
-) -> None:
-    device = torch.device("cuda")
-    segments = [
+ON_GPU = {
+    "causal": [
         AttentionSegment(1024, ((0, 3000),)),
         AttentionSegment(1100, ((0, 1976), (3000, 4100))),
         AttentionSegment(77, ((4100, 4400),)),
-    ]
+    ],
+    "two windows and their beacons": [
+        AttentionSegment(1024, ((0, 1024),)),
+        AttentionSegment(1024, ((3072, 3200), (1024, 2048))),
+        AttentionSegment(128, ((3072, 3200),), also=tuple(np.arange(n, 1024, 8) for n in range(8))),
+        AttentionSegment(25, ((3200, 4400),), also=tuple(np.arange(1024 + n, 1074, 2) for n in range(2))),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "flash", "fa4"])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu_fused_segments_are_no_further_from_float64_than_torch_segment_by_segment(
+    name: str, backend: str, heads: int
+) -> None:
+    device = torch.device("cuda")
+    segments = ON_GPU[name]
     generator = torch.Generator(device).manual_seed(0)
     drawn = [
         torch.randn(1, count, rows, 64, generator=generator, device=device).bfloat16().requires_grad_(True)
