@@ -262,7 +262,7 @@ def attend_segments(
     apart = [n for n in range(len(segments.segments)) if not fuses or n not in segments.fused]
     pieces = []
     if fuses:
-        assert kernel is not None  # as said
+        assert kernel is not None  # else nothing fuses
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         pieces.append(attend_gathered(q, k, v, segments.gathering(len(k)), scale, kernel)[None])
     if apart and segments.order is not None:

@@ -152,6 +152,29 @@ ON_GPU = {
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [4, 2])
+def test_on_a_gpu_one_query_of_each_of_many_sequences_is_no_further_from_float64_than_torch_one_by_one(
+    heads: int,
+) -> None:
+    device = torch.device("cuda")
+    ends = [300, 1000, 1001, 1700, 4096]
+    segments = [AttentionSegment(1, ((first, end),)) for first, end in zip([0, *ends], ends, strict=False)]
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, count, rows, 64, generator=generator, device=device).bfloat16()
+        for count, rows in ((heads, 5), (2, 4096), (2, 4096))
+    )
+    grouped = AttentionSegments(segments, device)
+    assert grouped.fused == (0, 1, 2, 3, 4)
+    kernel = segment_kernel("auto", query)
+    assert kernel is not None
+    exact = plain_segments(query.double(), key.double(), value.double(), segments, 0.125)
+    apart = attend_segments(query, key, value, grouped, 0.125).double()
+    fused = attend_segments(query, key, value, grouped, 0.125, kernel=kernel).double()
+    assert (fused - exact).norm() <= 1.2 * (apart - exact).norm()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "flash", "fa4"])
 @pytest.mark.parametrize("heads", [4, 2])
 @pytest.mark.parametrize("name", ON_GPU)
