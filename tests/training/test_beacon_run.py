@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Server
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
@@ -79,18 +77,15 @@ def beside_lora(command: dict[str, Any]) -> dict[str, Any]:
     return {**command, "adapter": "lora", "lora_rank": 4}
 
 
-def spawn(command: dict[str, Any], processes: int) -> subprocess.Popen[bytes]:
+def two_processes(server: Server, command: dict[str, Any]) -> str:
+    """Train in two processes; what they printed."""
     words = []
     for name, value in command.items():
         shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words += [f"--{name.replace('_', '-')}", shown]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "longlora_cli", "train", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    out, err = (child := server.start("train", *words, processes=2)).communicate(timeout=120)
+    assert child.returncode == 0, err
+    return out
 
 
 def losses(folder: Path) -> list[float]:
@@ -192,13 +187,11 @@ def same_tensors(one: Path, two: Path) -> None:
     torch.testing.assert_close(load_file(two), load_file(one), rtol=0, atol=1e-6)
 
 
-def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path, server: Server) -> None:
     command = beside_lora(command) | {"steps": 5, "save_every": 5, "eval_data": command["data"][0]}
     run(command, out=tmp_path / "one", accumulate=2)
-    child = spawn({**command, "out": tmp_path / "two", "batch_size": 1}, 2)
-    out, err = child.communicate(timeout=180)
-    assert child.returncode == 0, err.decode()
-    assert out.decode().count("step 5: loss") == 1
+    out = two_processes(server, {**command, "out": tmp_path / "two", "batch_size": 1})
+    assert out.count("step 5: loss") == 1
     measured = [
         [r["eval_nll"] for r in read_json_lines(tmp_path / name / "metrics.jsonl") if "eval_nll" in r]
         for name in ("one", "two")
@@ -211,7 +204,7 @@ def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_two_processes_resume_what_they_began_and_still_equal_one(
-    command: dict[str, Any], tmp_path: Path
+    command: dict[str, Any], tmp_path: Path, server: Server
 ) -> None:
     command |= {"steps": 5, "save_every": 1, "keep_checkpoints": 20}
     for again in (False, True):
@@ -220,8 +213,7 @@ def test_two_processes_resume_what_they_began_and_still_equal_one(
             shutil.rmtree(tmp_path / "two" / "adapter")
             for later in (4, 5):
                 shutil.rmtree(checkpoint.folder_of(tmp_path / "two", later))
-        _, err = (child := spawn({**command, "out": tmp_path / "two"}, 2)).communicate(timeout=180)
-        assert child.returncode == 0, err.decode()
+        two_processes(server, {**command, "out": tmp_path / "two"})
     assert sha256_of(tmp_path / "two" / BEACONS) == wanted
     run(command, out=tmp_path / "one", accumulate=2)
     same_tensors(tmp_path / "one" / BEACONS, tmp_path / "two" / BEACONS)
