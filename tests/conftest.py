@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,12 @@ CORPUS = [
     "It was the best of times, it was the worst of times, it was the age of wisdom and of foolishness.",
     "<user> What is the secret code of Amber Falcon? <assistant> 0123456789",
 ] * 20
+
+
+def pytest_configure() -> None:
+    """A shell starts a command in the background with Ctrl-C ignored, and so would be all that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -279,8 +279,8 @@ def peak_bytes(step: Callable[[], torch.Tensor]) -> int:
 
 
 def test_a_longer_document_takes_little_more_memory(command: dict[str, Any]) -> None:
-    """Windows are computed again in the backward pass: what 64 more of them take is their beacons, and one window's
-    attention to these. With all activations kept it was 38 times as much for 128 windows.
+    """Windows are computed again in the backward pass: what 32 more of them take is their beacons, and one window's
+    attention to these. With all activations kept it is 25 times as much, and 38 times for 128 windows.
     """
     config = TrainConfig(**{**command, "beacon_ratio": [8], "beacon_window": 32}, out="x")
     loaded, settings = train_ready(config), settings_of(config)
@@ -296,7 +296,8 @@ def test_a_longer_document_takes_little_more_memory(command: dict[str, Any]) -> 
         whole = partial(window_losses, loaded.causal_lm, settings, ids, ids, tile_tokens=32, recompute=False)
         return peak_bytes(lambda: whole()[0])
 
-    growth, growth_kept = trained(3072) - trained(1024), kept(3072) - kept(1024)
+    trained(512)  # the first backward pass makes the gradients that later ones find
+    growth, growth_kept = trained(1536) - trained(512), kept(1536) - kept(512)
     assert growth < growth_kept / 20
 
 
