@@ -125,6 +125,7 @@ def test_beacons_train_on_a_quantized_base(
 ) -> None:
     run(command, out=tmp_path / "r", steps=2, quantization=quantization)
     rows = [r for r in read_json_lines(tmp_path / "r" / "metrics.jsonl") if "grad_norm" in r]
+    assert len(rows) == 2
     assert all(row["grad_norm"] > 0 for row in rows)
     section = ModelSection(model=str(tmp_path / "r"), device="cpu")
     assert load_model(section).quantization == quantization
