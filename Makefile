@@ -18,7 +18,7 @@ quickstart: $(READY)  ## extend the embedded model from 512 to 4,096 tokens and 
 	$(BIN)/python -m longlora_cli.quickstart quickstart
 
 test: $(READY)  ## under 10 minutes on 2 cores, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "alone and not gpu"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "alone and not gpu" $$(grep -rl 'mark\.alone' tests)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not slow and not gpu and not real_model"
 
 test-slow: $(READY)  ## the slower tier: random kills, the real model

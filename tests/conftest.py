@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from forked import Server
 from tiny_models import make_tiny_model
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -23,6 +27,22 @@ CORPUS = [
     "It was the best of times, it was the worst of times, it was the age of wisdom and of foolishness.",
     "<user> What is the secret code of Amber Falcon? <assistant> 0123456789",
 ] * 20
+
+
+def pytest_configure() -> None:
+    """A shell starts a command in the background with Ctrl-C ignored, and so would be all that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of garbage collection.
+
+    Training releases memory between its phases, and a full collection takes 0.3 s of a processor over the objects of
+    7,000 tests and their imports; none of them is garbage.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +106,14 @@ def tiny_data_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder
     hashes = {"tokenizer_sha256": tokenizer_sha256(tokenizer), "template_sha256": template_sha256(tokenizer)}
     ChunkDataset.write(folder, chunks, {**hashes, "max_length": 96})
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Starts commands and scripts in processes that need not import anything first."""
+    server = Server(tmp_path_factory.mktemp("forked"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -311,7 +310,9 @@ def test_ctrl_c_keeps_what_is_finished(tiny_model_folder, book, tmp_path, monkey
     assert len(journal.read_text().splitlines()) == 1  # the text that was scored
 
 
-def test_a_killed_evaluation_goes_on_to_the_result_of_an_uninterrupted_one(tiny_model_folder, book, tmp_path):
+def test_a_killed_evaluation_goes_on_to_the_result_of_an_uninterrupted_one(
+    tiny_model_folder, book, tmp_path, server
+):
     def config(name):
         return EvalConfig(
             beyond=True,
@@ -319,15 +320,12 @@ def test_a_killed_evaluation_goes_on_to_the_result_of_an_uninterrupted_one(tiny_
             lengths=[400, 800], depths=3, samples=8, max_new_tokens=12, device="cpu",
         )  # fmt: skip
 
-    program = (
+    (program := tmp_path / "program.py").write_text(
         "import sys; from longlora_cli.commands.eval import run; from longlora_cli.config import EvalConfig;"
         "from longlora_cli.console import Console;"
         "run(EvalConfig.model_validate_json(sys.argv[1]), Console(json_mode=True), dry_run=False)"
     )
-    settings = config("killed").model_dump_json(exclude_unset=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, settings], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = server.start(config("killed").model_dump_json(exclude_unset=True), script=program)
     journal = tmp_path / ".killed.partial" / "journal.jsonl"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
@@ -335,7 +333,8 @@ def test_a_killed_evaluation_goes_on_to_the_result_of_an_uninterrupted_one(tiny_
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     kept = [json.loads(line) for line in journal.read_text().split("\n")[:-1]]
     assert 3 <= len(kept) < 48
 

@@ -20,13 +20,16 @@ def longlora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_weights_are_typed_side_by_side_and_the_result_is_one_json_object(tiny_model_folder, tmp_path):
+def test_weights_are_typed_side_by_side_and_the_result_is_one_json_object(
+    tiny_model_folder, tmp_path, server
+):
     out = tmp_path / "out"
-    done = longlora(tiny_model_folder, tiny_model_folder, "--weights", "0.7", "0.3", "--out", out, "--json")
-    result = json.loads(done.stdout)
+    words = ["merge", tiny_model_folder, tiny_model_folder, "--weights", "0.7", "0.3", "--out", out, "--json"]
+    printed, err = (done := server.start(*words)).communicate()
+    result = json.loads(printed)
 
-    assert done.returncode == 0
-    assert done.stdout.count("\n") == 1
+    assert done.returncode == 0, err
+    assert printed.count("\n") == 1
     assert result["weights"] == [0.7, 0.3]
     assert result["probe"]["mean_difference"] <= result["probe"]["bound"]
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 512

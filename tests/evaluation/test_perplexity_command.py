@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -198,7 +195,7 @@ def test_a_stopped_reading_goes_on_to_the_numbers_of_an_uninterrupted_one(
 
 
 def test_a_killed_reading_goes_on_to_the_numbers_of_an_uninterrupted_one(
-    tiny_model_folder, tmp_path, monkeypatch
+    tiny_model_folder, tmp_path, monkeypatch, server
 ):
     path = tmp_path / "long.txt"
     path.write_text(TEXTS[0] * 5)
@@ -214,16 +211,13 @@ def test_a_killed_reading_goes_on_to_the_numbers_of_an_uninterrupted_one(
             compat=["lm-eval"],
         )
 
-    program = (
+    (program := tmp_path / "program.py").write_text(
         "import sys; from longlora_cli.commands.eval import run; from longlora_cli.config import EvalConfig;"
         "from longlora_cli.console import Console; from longlora_cli.evaluation import measure_perplexity;"
         "measure_perplexity._BLOCK_TOKENS = 64;"
         "run(EvalConfig.model_validate_json(sys.argv[1]), Console(json_mode=True), dry_run=False)"
     )
-    settings = config("killed").model_dump_json(exclude_unset=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, settings], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = server.start(config("killed").model_dump_json(exclude_unset=True), script=program)
     journal = tmp_path / ".killed.partial" / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
@@ -231,7 +225,8 @@ def test_a_killed_reading_goes_on_to_the_numbers_of_an_uninterrupted_one(
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     kept = journal.read_bytes().count(b"\n")
     monkeypatch.setattr(measure_perplexity, "_BLOCK_TOKENS", 64)
     whole = run(config("whole"))

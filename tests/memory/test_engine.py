@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Server
 from torch import Tensor
 
 from longlora_cli.memory.arena import HostArena
@@ -353,14 +352,13 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_under_ddp_get_the_gradients_of_one(tmp_path: Path) -> None:
+def test_two_processes_under_ddp_get_the_gradients_of_one(tmp_path: Path, server: Server) -> None:
     from safetensors.torch import load_file
 
     script, out = tmp_path / "rank.py", tmp_path / "grads.safetensors"
     script.write_text(RANK)
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29577"]
-    here = str(Path(__file__).parent)
-    subprocess.run([*words, str(script), here, str(out)], check=True, capture_output=True, timeout=300)
+    _, err = (child := server.start(Path(__file__).parent, out, script=script, processes=2)).communicate()
+    assert child.returncode == 0, err
     wrapped = build()
     use_engine(
         wrapped.get_base_model(), lambda tokens: plan((2, 3)), arena=HostArena(torch.device("cpu"), 1 << 24)

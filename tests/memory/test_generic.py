@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Server
 from tiny_models import make_tiny_model
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -723,19 +722,15 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_equal_one_plain_process(tmp_path: Path, kind: str) -> None:
+def test_two_processes_equal_one_plain_process(tmp_path: Path, server: Server, kind: str) -> None:
     from safetensors.torch import load_file
 
     script = tmp_path / "two.py"
     script.write_text(TWO)
     here = Path(__file__).parent
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(script), str(tmp_path), kind, str(here), str(here.parent)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    child = server.start(tmp_path, kind, here, here.parent, script=script, processes=2)
+    _, err = child.communicate()
+    assert child.returncode == 0, err
     model = lora(make(), modules_to_save=["norm"]).double() if kind == "ddp" else make()
     wanted = step(model, batch(rows=4))
     wanted = {n: g for n, g in wanted.items() if n not in ("loss", "next random number")}

@@ -151,18 +151,18 @@ def test_600_mb_are_merged_in_300(make_base, make_adapter, tmp_path, kind):
     assert needed <= 300
 
 
-def test_a_kill_in_the_middle_leaves_no_folder(make_base, tmp_path):
+def test_a_kill_in_the_middle_leaves_no_folder(make_base, tmp_path, server):
     base = make_base(dtype=torch.bfloat16, **LARGE)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "longlora_cli", "merge", str(base), str(base), "--out", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            staged = list(tmp_path.glob(".staging-*/model.safetensors"))
-            if staged and os.path.getsize(staged[0]) > 1_000_000:
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+    process = server.start("merge", base, base, "--out", out)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        staged = list(tmp_path.glob(".staging-*/model.safetensors"))
+        if staged and os.path.getsize(staged[0]) > 1_000_000:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert staged
     assert not out.exists()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Server
 
 from longlora_cli.errors import SettingsError
 from longlora_cli.parallel.mesh import Mesh
@@ -57,11 +56,11 @@ mesh.stop()
 """
 
 
-def test_two_processes_share_sums_flags_results_and_errors(tmp_path: Path) -> None:
+def test_two_processes_share_sums_flags_results_and_errors(tmp_path: Path, server: Server) -> None:
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    subprocess.run([*launcher, str(script), str(tmp_path)], check=True, capture_output=True)
+    _, err = (child := server.start(tmp_path, script=script, processes=2)).communicate()
+    assert child.returncode == 0, err
     shared = "True, False, [0, 1], 'from 0'"
     assert (tmp_path / "rank0").read_text() == f"[3.0, 1.0, {shared}, True, 'told by 0']"
     assert (tmp_path / "rank1").read_text() == f"[3.0, 2.0, {shared}, False, 'told by 0']"

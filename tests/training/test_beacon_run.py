@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Server
 from safetensors.torch import load_file
 from tiny_models import make_tiny_model
 
@@ -79,18 +77,15 @@ def beside_lora(command: dict[str, Any]) -> dict[str, Any]:
     return {**command, "adapter": "lora", "lora_rank": 4}
 
 
-def spawn(command: dict[str, Any], processes: int) -> subprocess.Popen[bytes]:
+def two_processes(server: Server, command: dict[str, Any]) -> str:
+    """Train in two processes; what they printed."""
     words = []
     for name, value in command.items():
         shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words += [f"--{name.replace('_', '-')}", shown]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "longlora_cli", "train", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    out, err = (child := server.start("train", *words, processes=2)).communicate(timeout=120)
+    assert child.returncode == 0, err
+    return out
 
 
 def losses(folder: Path) -> list[float]:
@@ -130,6 +125,7 @@ def test_beacons_train_on_a_quantized_base(
 ) -> None:
     run(command, out=tmp_path / "r", steps=2, quantization=quantization)
     rows = [r for r in read_json_lines(tmp_path / "r" / "metrics.jsonl") if "grad_norm" in r]
+    assert len(rows) == 2
     assert all(row["grad_norm"] > 0 for row in rows)
     section = ModelSection(model=str(tmp_path / "r"), device="cpu")
     assert load_model(section).quantization == quantization
@@ -192,13 +188,11 @@ def same_tensors(one: Path, two: Path) -> None:
     torch.testing.assert_close(load_file(two), load_file(one), rtol=0, atol=1e-6)
 
 
-def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path, server: Server) -> None:
     command = beside_lora(command) | {"steps": 5, "save_every": 5, "eval_data": command["data"][0]}
     run(command, out=tmp_path / "one", accumulate=2)
-    child = spawn({**command, "out": tmp_path / "two", "batch_size": 1}, 2)
-    out, err = child.communicate(timeout=180)
-    assert child.returncode == 0, err.decode()
-    assert out.decode().count("step 5: loss") == 1
+    out = two_processes(server, {**command, "out": tmp_path / "two", "batch_size": 1})
+    assert out.count("step 5: loss") == 1
     measured = [
         [r["eval_nll"] for r in read_json_lines(tmp_path / name / "metrics.jsonl") if "eval_nll" in r]
         for name in ("one", "two")
@@ -211,7 +205,7 @@ def test_two_processes_equal_one(command: dict[str, Any], tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_two_processes_resume_what_they_began_and_still_equal_one(
-    command: dict[str, Any], tmp_path: Path
+    command: dict[str, Any], tmp_path: Path, server: Server
 ) -> None:
     command |= {"steps": 5, "save_every": 1, "keep_checkpoints": 20}
     for again in (False, True):
@@ -220,8 +214,7 @@ def test_two_processes_resume_what_they_began_and_still_equal_one(
             shutil.rmtree(tmp_path / "two" / "adapter")
             for later in (4, 5):
                 shutil.rmtree(checkpoint.folder_of(tmp_path / "two", later))
-        _, err = (child := spawn({**command, "out": tmp_path / "two"}, 2)).communicate(timeout=180)
-        assert child.returncode == 0, err.decode()
+        two_processes(server, {**command, "out": tmp_path / "two"})
     assert sha256_of(tmp_path / "two" / BEACONS) == wanted
     run(command, out=tmp_path / "one", accumulate=2)
     same_tensors(tmp_path / "one" / BEACONS, tmp_path / "two" / BEACONS)
@@ -287,8 +280,8 @@ def peak_bytes(step: Callable[[], torch.Tensor]) -> int:
 
 
 def test_a_longer_document_takes_little_more_memory(command: dict[str, Any]) -> None:
-    """Windows are computed again in the backward pass: what 64 more of them take is their beacons, and one window's
-    attention to these. With all activations kept it was 38 times as much for 128 windows.
+    """Windows are computed again in the backward pass: what 32 more of them take is their beacons, and one window's
+    attention to these. With all activations kept it is 25 times as much, and 38 times for 128 windows.
     """
     config = TrainConfig(**{**command, "beacon_ratio": [8], "beacon_window": 32}, out="x")
     loaded, settings = train_ready(config), settings_of(config)
@@ -304,7 +297,8 @@ def test_a_longer_document_takes_little_more_memory(command: dict[str, Any]) -> 
         whole = partial(window_losses, loaded.causal_lm, settings, ids, ids, tile_tokens=32, recompute=False)
         return peak_bytes(lambda: whole()[0])
 
-    growth, growth_kept = trained(3072) - trained(1024), kept(3072) - kept(1024)
+    trained(512)  # the first backward pass makes the gradients that later ones find
+    growth, growth_kept = trained(1536) - trained(512), kept(1536) - kept(512)
     assert growth < growth_kept / 20
 
 

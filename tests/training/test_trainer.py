@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Server
 from safetensors.torch import load_file
 
 from longlora_cli.commands import train
@@ -43,14 +44,17 @@ def flags(command: dict[str, Any]) -> list[str]:
     return words
 
 
-def spawn(command: dict[str, Any], *launcher: str) -> subprocess.Popen[bytes]:
-    launcher = launcher or (sys.executable, "-m", "longlora_cli")
-    return subprocess.Popen(
-        [*launcher, "train", *flags(command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def launch(command: dict[str, Any], *launcher: str) -> str:
+    """Train in processes that a launcher starts; what they printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "longlora_cli", "train", *flags(command)],
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -78,7 +82,9 @@ def test_training_lowers_the_loss_and_leaves_a_whole_run(command: dict[str, Any]
 def test_every_number_format_trains(command: dict[str, Any], tmp_path: Path, dtype: str) -> None:
     result = run(command, out=tmp_path / "r", steps=2, dtype=dtype)
     assert 5 < result["last_loss"] < 7
-    assert {t.dtype for t in adapter_of(tmp_path / "r").values()} == {torch.float32}
+    tensors = adapter_of(tmp_path / "r")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert all(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)  # they begin as zeros
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -87,6 +93,7 @@ def test_a_quantized_base_trains_on_a_cpu(command: dict[str, Any], tmp_path: Pat
     rows = [r for r in read_json_lines(tmp_path / "r" / "metrics.jsonl") if "loss" in r]
     assert result["steps"] == 8
     assert max(t.abs().max() for n, t in adapter_of(tmp_path / "r").items() if "lora_B" in n) > 0
+    assert len(rows) == 8
     assert all(r["grad_norm"] > 0 for r in rows)
 
 
@@ -143,28 +150,26 @@ def test_two_micro_batches_equal_one_batch(command: dict[str, Any], tmp_path: Pa
 
 
 def test_two_processes_equal_one_and_only_the_first_prints_and_writes(
-    command: dict[str, Any], tmp_path: Path
+    command: dict[str, Any], tmp_path: Path, server: Server
 ) -> None:
     command |= {"steps": 6, "save_every": 3, "learning_rate": 1e-3}
     run(command, out=tmp_path / "one", accumulate=2)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "longlora_cli"]
-    child = spawn({**command, "out": tmp_path / "two"}, *launcher)
-    out, err = child.communicate(timeout=120)
-    assert child.returncode == 0, err.decode()
-    assert out.decode().count("step 6: loss") == 1
+    out = launch({**command, "out": tmp_path / "two"}, "torch.distributed.run", "--nproc_per_node", "2")
+    assert out.count("step 6: loss") == 1
     one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
     torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
     assert checkpoint.steps_of(tmp_path / "two") == [6, 3]
     # A mistake is told once, not once per process.
-    child = spawn({**command, "out": tmp_path / "two", "lora_rank": 8}, *launcher)
-    _, err = child.communicate(timeout=120)
-    assert child.returncode != 0
-    assert err.decode().count("holds another run: lora_rank was 4, now 8") == 1
+    other = {**command, "out": tmp_path / "two", "lora_rank": 8}
+    child = server.start("train", *flags(other), processes=2)
+    _, err = child.communicate()
+    assert child.returncode == SettingsError.exit_code
+    assert err.count("holds another run: lora_rank was 4, now 8") == 1
 
 
 @pytest.mark.slow
 def test_two_processes_resumed_within_a_later_pass_read_what_was_left_of_it(
-    command: dict[str, Any], tmp_path: Path
+    command: dict[str, Any], tmp_path: Path, server: Server
 ) -> None:
     """24 chunks: the second pass begins after 12 steps of two processes."""
     command |= {
@@ -174,13 +179,12 @@ def test_two_processes_resumed_within_a_later_pass_read_what_was_left_of_it(
         "learning_rate": 1e-3,
         "out": tmp_path / "r",
     }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "longlora_cli"]
-    _, err = (child := spawn(command, *launcher)).communicate(timeout=120)
-    assert child.returncode == 0, err.decode()
+    _, err = (child := server.start("train", *flags(command), processes=2)).communicate()
+    assert child.returncode == 0, err
     wanted = adapter_hash(tmp_path / "r")
     cut_back(tmp_path / "r", 13)
-    _, err = (child := spawn(command, *launcher)).communicate(timeout=120)
-    assert child.returncode == 0, err.decode()
+    _, err = (child := server.start("train", *flags(command), processes=2)).communicate()
+    assert child.returncode == 0, err
     assert adapter_hash(tmp_path / "r") == wanted
 
 
@@ -199,15 +203,15 @@ def test_steps_are_random_and_their_chunks_sorted_by_cost(
 
 
 def test_accelerate_launches_it(command: dict[str, Any], tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    child = spawn({**command, "out": tmp_path / "r", "steps": 2}, *launcher, "-m", "longlora_cli")
-    _, err = child.communicate(timeout=120)
-    assert child.returncode == 0, err.decode()
+    command |= {"out": tmp_path / "r", "steps": 2}
+    launch(command, "accelerate.commands.launch", "--cpu", "--num_processes", "1")
     verify_folder(tmp_path / "r" / "adapter", "adapter")
 
 
 @pytest.mark.parametrize("wanted", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_change_nothing(command: dict[str, Any], tmp_path: Path, wanted: int) -> None:
+def test_kills_at_random_moments_change_nothing(
+    command: dict[str, Any], tmp_path: Path, server: Server, wanted: int
+) -> None:
     command |= {"steps": 60, "save_every": 1, "lora_dropout": 0.1}
     run(command, out=tmp_path / "whole")
     draw, kills, attempts = random.Random(5), 0, 0
@@ -215,7 +219,7 @@ def test_kills_at_random_moments_change_nothing(command: dict[str, Any], tmp_pat
     while kills < wanted and attempts < wanted + 4:
         attempts += 1
         already = max(checkpoint.steps_of(folder), default=0)
-        child = spawn({**command, "out": folder})
+        child = server.start("train", *flags({**command, "out": folder}))
         deadline = time.monotonic() + 60
         while max(checkpoint.steps_of(folder), default=0) <= already and child.poll() is None:
             assert time.monotonic() < deadline
@@ -223,7 +227,7 @@ def test_kills_at_random_moments_change_nothing(command: dict[str, Any], tmp_pat
         time.sleep(draw.random() * 0.08)
         child.send_signal(signal.SIGKILL)
         _, err = child.communicate()
-        assert child.returncode in (-signal.SIGKILL, 0), err.decode()
+        assert child.returncode in (-signal.SIGKILL, 0), err
         kills += child.returncode == -signal.SIGKILL
     assert kills == wanted
     run(command, out=folder)
@@ -232,22 +236,22 @@ def test_kills_at_random_moments_change_nothing(command: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_step_and_says_how_it_ended(
-    command: dict[str, Any], tmp_path: Path, number: signal.Signals, code: int
+    command: dict[str, Any], tmp_path: Path, server: Server, number: signal.Signals, code: int
 ) -> None:
     folder = tmp_path / "r"
-    child = spawn({**command, "out": folder, "steps": 5000, "save_every": 5000})
+    child = server.start("train", *flags({**command, "out": folder, "steps": 5000, "save_every": 5000}))
     while not (folder / "metrics.jsonl").exists():
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(number)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == code, err.decode()
+    _, err = child.communicate()
+    assert child.returncode == code, err
     state = json.loads((folder / "run.json").read_text())
     assert (state["status"], state["exit_code"], state["resumable"]) == ("stopped", code, True)
     newest, faults = checkpoint.newest(folder)
     assert newest is not None
     assert faults == []
-    assert f"stopped at step {state['step']}" in err.decode()
+    assert f"stopped at step {state['step']}" in err
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
