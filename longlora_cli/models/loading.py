@@ -156,7 +156,8 @@ def load_model(
         section: Which model and how its numbers are held.
         rope: How positions are stretched; None or `keep` leaves the adapter's or the model's own.
         adapter: Adapter to put on the base that `section` names.
-        context_length: Tokens to read; gives the stretching its factor.
+        context_length: Tokens to read; gives the stretching its factor. In training an adapter's positions are allowed
+            as far.
         training: Adapter tensors stay trainable, beside the weights, and large bases are quantized by default. Else an
             adapter is folded into unquantized weights.
         with_beacons: The caller puts the source's beacons on the model, as `beacon.loading.load_model` does. Else a
@@ -181,6 +182,8 @@ def load_model(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     facts, own = ModelFacts.of(config), RopeRecord.of(config)
     record = _positions(source, own, rope, context_length, facts)
+    if training and context_length is not None:  # an adapter that is trained on reads further than before
+        record = record.for_length(context_length)
     record.apply(config)
     device, dtype = choose_device(section.device), choose_dtype(section)
     quantization = choose_quantization(section, source, folder, training=training)
