@@ -71,8 +71,8 @@ class PrepareConfig(Section):
     )
     synthetic: Names = setting(
         [],
-        "Chats to add, about lines hidden in the input documents: TASK=COUNT; tasks: needle, multi-key, multi-value, "
-        "multi-query, variables, key-value, topic, multi-hop, ordered-events, count, repeat-paragraph, or all.",
+        "Chats about lines hidden in the inputs, TASK=COUNT; tasks: needle, multi-key, multi-value, multi-query, variables, "
+        "key-value, topic, multi-hop, ordered-events, count, repeat-paragraph, common-words, register, or all.",
     )
     synthetic_length: Length | None = setting(
         None, "Longest synthetic chat; lengths vary below it. Default: --max-length.", ge=64

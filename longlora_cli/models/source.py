@@ -147,7 +147,7 @@ def _from_adapter(folder: Path) -> ModelSource:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """Of the adapter that a training begins from, in hex: its manifest's, or its weights' where another tool made it."""
+    """Of the adapter that a training begins from, in hex: its manifest's, or its weights' where it has none."""
     manifest = folder / MANIFEST
     return sha256_of(manifest if manifest.is_file() else folder / "adapter_model.safetensors")
 
