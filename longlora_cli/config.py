@@ -71,7 +71,7 @@ class PrepareConfig(Section):
     )
     synthetic: Names = setting(
         [],
-        "Chats about lines hidden in the inputs, TASK=COUNT; tasks: needle, multi-key, multi-value, multi-query, variables, "
+        "Chats on lines hidden in texts, TASK=COUNT; tasks: needle, multi-key, multi-value, multi-query, variables, "
         "key-value, topic, multi-hop, ordered-events, count, repeat-paragraph, common-words, register, or all.",
     )
     synthetic_length: Length | None = setting(
