@@ -9,10 +9,10 @@ so phases can be spread over machines that are lent for a while (`--estimate` pr
     data prepare                    texts of training and of evaluation apart; two folders of chunks for each stage
     base                            the base: needles and perplexity by position; RULER-style tasks; near texts
     train-64k train-128k train-256k each stage goes on from the adapter of the one before
-    merge after plain               the merged folder; the run, as the base; a row of the grid by transformers alone
+    merge after plain report        the merged folder; the run, as the base; a row of the grid by transformers alone
 
 Asked for by name: `pack` and `unpack` (the last run's adapter in parts of 15 MiB, and back), and parts of `base` and
-`after`: base-grid, base-tasks, base-short, grid, tasks, short. The grid is compared with the base's where that exists.
+`after`: base-grid, base-tasks, base-short, grid, tasks, short. `report` makes WORK/report.html of both grids.
 
 `--minutes` ends what runs by SIGTERM, so that it saves, and leaves the rest for the next call. Rows go to ROWS.jsonl.
 Three books, the meetings outside the train split, every third conversation and all manuals are held out; evaluation's
@@ -196,8 +196,7 @@ def evaluations(options: argparse.Namespace, kind: str, *, base: bool) -> dict[s
     found: dict[str, list[str]] = {}
     if kind == "grid":
         words = ["--recipe", recipe(options, STAGES[-1]), "--data", *books, "--haystack", *books]
-        before = options.work / "grid-base"
-        found[f"grid{ending}"] = words + (["--compare", str(before)] if not base and before.is_dir() else [])
+        found[f"grid{ending}"] = words
     elif kind == "tasks":
         plans = [("ruler", "ruler", options.base_ruler if base else options.ruler)]
         plans += [("unseen", options.unseen_tasks, options.base_unseen if base else options.unseen)]
@@ -268,6 +267,16 @@ def plain(options: argparse.Namespace) -> None:
     run_all(options, {"plain": [*words, "--new-tokens", str(asked["max_new_tokens"])]})
 
 
+def report(options: argparse.Namespace) -> None:
+    """`WORK/report.html`: the grid and the curve before and after, of what is finished; anew each time."""
+    work = options.work
+    if (work / "grid").is_dir():
+        (work / "report.html").unlink(missing_ok=True)
+        compare = ["--compare", str(work / "grid-base")] if (work / "grid-base").is_dir() else []
+        words = ["eval", "--report", str(work / "grid"), *compare, "--out", str(work / "report.html")]
+        run_all(options, {"report": command(*words)})
+
+
 def pack_adapter(options: argparse.Namespace) -> None:
     """`WORK/packed`: the adapter, whose record names the base it belongs to."""
     parts = pack([options.work / f"run-{STAGES[-1]}" / "adapter"], options.work / "packed")
@@ -283,6 +292,7 @@ PHASES: dict[str, Callable[[argparse.Namespace], None]] = {
     "merge": merge,
     "after": lambda options: evaluate(options, *KINDS, base=False),
     "plain": plain,
+    "report": report,
 }
 ON_REQUEST: dict[str, Callable[[argparse.Namespace], None]] = {
     "pack": pack_adapter,

@@ -280,7 +280,7 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, P
         if self.out is None:
             raise ValueError("--out is missing (Folder to make.)")
         if self.report is not None:
-            self.allows_only("report", "out", "export")
+            self.allows_only("report", "out", "export" if self.export else "compare")
         elif self.only_compares:
             for name in sorted(self.model_fields_set - {"out", "compare"}):
                 self.needs(name, False, "without --model, --out and --compare are two finished folders")
