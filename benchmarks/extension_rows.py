@@ -82,23 +82,21 @@ def grid_rows(folder: Path, common: Row) -> list[Row]:
     tasks = results_of(folder)
     rows = [_scored(cell, "needle", "share", common) for cell in tasks["needle"]["lengths"]]
     for bucket in tasks.get("ppl", {}).get("by_position", []):
-        low, high = bucket["ci95"]
         figure = {
             "seq": bucket["to"],
             "metric": "ppl",
             "value": round(bucket["perplexity"], 3),
             "unit": "perplexity",
         }
-        rows.append(common | figure | {"n": bucket["n"], "low": round(low, 3), "high": round(high, 3)})
+        rows.append(common | figure | {"n": bucket["n"]} | _ends(bucket["ci95"]))
         if bucket.get("gain") is not None and bucket["from"] >= tasks["ppl"]["short_context"]:
-            low, high = bucket["gain_ci95"]
             figure = {
                 "seq": bucket["to"],
                 "metric": "gain",
                 "value": round(bucket["gain"], 4),
                 "unit": "nats",
             }
-            rows.append(common | figure | {"n": bucket["n"], "low": round(low, 4), "high": round(high, 4)})
+            rows.append(common | figure | {"n": bucket["n"]} | _ends(bucket["gain_ci95"]))
     return rows
 
 
@@ -119,7 +117,6 @@ def task_rows(folders: list[Path], metric: str, common: Row) -> list[Row]:
 
 
 def _scored(cell: Row, metric: str, unit: str, common: Row) -> Row:
-    low, high = cell["ci95"]
     figure = {
         "seq": cell["length"],
         "metric": metric,
@@ -127,7 +124,12 @@ def _scored(cell: Row, metric: str, unit: str, common: Row) -> Row:
         "unit": unit,
         "n": cell["n"],
     }
-    return common | figure | {"low": round(low, 4), "high": round(high, 4)}
+    return common | figure | _ends(cell["ci95"])
+
+
+def _ends(ci95: list[float] | None) -> Row:
+    """An interval's fields; none where there is none, as of a single graded answer."""
+    return {} if ci95 is None else {"low": round(ci95[0], 4), "high": round(ci95[1], 4)}
 
 
 def short_rows(work: Path, stack: str, ending: str, common: Row) -> list[Row]:
@@ -137,9 +139,8 @@ def short_rows(work: Path, stack: str, ending: str, common: Row) -> list[Row]:
         if (folder := work / f"short-{genre}{ending}").is_dir():
             found = results_of(folder)["ppl"]
             figure = {"metric": "short_ppl", "value": round(found["perplexity"], 3), "unit": "perplexity"}
-            low, high = found["ci95"]
-            more = {"n": found["n"], "low": round(low, 3), "high": round(high, 3)}
-            rows.append(common | {"variant": genre, "seq": found["window"]} | figure | more)
+            where = common | {"variant": genre, "seq": found["window"], "n": found["n"]}
+            rows.append(where | figure | _ends(found["ci95"]))
     for name, metric, unit in (
         ("choice", "multiple_choice", "share"),
         ("qmsum", "qmsum_rouge_l", "F-measure"),

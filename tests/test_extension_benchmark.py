@@ -260,6 +260,7 @@ def test_rows_and_aims_are_those_of_the_folders(load: Any, sources: Path, tmp_pa
             {
                 "vt": {"lengths": [cell(4096, 0.5), cell(32_768, score / 2)]},
                 "niah_multikey_1": {"lengths": [cell(131_072, 0.5, n=2)]},
+                "cwe": {"lengths": [cell(262_144, 0.3, n=1) | {"ci95": None}]},
             },
         )
         ppl = {"perplexity": near, "ci95": [19.0, 21.0], "n": 5, "window": 2048}
@@ -278,6 +279,7 @@ def test_rows_and_aims_are_those_of_the_folders(load: Any, sources: Path, tmp_pa
     assert value["longlora", "gain", None, 4096] == 0.1
     assert ("longlora", "gain", None, 2048) not in value
     assert value["base", "qmsum_rouge_l", None, None] == 0.2
+    assert value["base", "ruler", "cwe", 262_144] == 0.3
     said = load("extension_rows").aims(rows)
     assert "needle: at least 99.0%, at 4,096 (aim 99 % at every length)" in said
     assert "niah_multikey_1 at 131,072: 90.0% (aim 90 %)" in said

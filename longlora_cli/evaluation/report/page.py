@@ -71,7 +71,13 @@ def make_page(
         data_block(picked),
         tag("script", script),
     )
-    head = join(
+    page = tag("html", tag("head", _meta(name, style, script)), tag("body", body), lang="en")
+    return f"<!doctype html>\n{page}\n", picked
+
+
+def _meta(name: str, style: Markup, script: Markup) -> Markup:
+    """What a browser is told before it shows anything; nothing else may run or be fetched."""
+    return join(
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -81,8 +87,6 @@ def make_page(
         tag("link", rel="icon", href="data:,"),
         tag("style", style),
     )
-    page = tag("html", tag("head", head), tag("body", body), lang="en")
-    return f"<!doctype html>\n{page}\n", picked
 
 
 def _source(name: str) -> Markup:
