@@ -326,3 +326,53 @@ def test_what_runs_when_the_minutes_are_over_is_asked_to_save_and_the_rest_is_no
         module.run_all(asked, jobs, most=1)
     assert (tmp_path / "first").read_text() == "saved"
     assert not (tmp_path / "second.begun").exists()
+
+
+def test_every_method_has_flags_that_train_accepts_and_a_folder_of_its_own(load: Any, tmp_path: Path) -> None:
+    from longlora_cli.config import TrainConfig
+
+    module = load("extension_methods")
+    asked = module.read_options(["builtin", "b", str(tmp_path), "rows", "--commit", "c", "--machine", "M"])
+    found = module.methods(asked)
+    assert len({module.folder_name(name) for name in found}) == len(found) == 9
+    for name in found:
+        words = module.train_flags(asked, name)
+        values = {
+            flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)
+        }
+        config = TrainConfig(**{**values, "data": [values["data"]], "out": "o"})
+        assert config.max_length == 32_768
+        assert (config.lora_rank, config.learning_rate) == (64, 8e-4)
+
+
+def test_a_method_gets_the_steps_that_its_own_step_time_allows(load: Any, tmp_path: Path) -> None:
+    rows = [{"tokens_per_second": 1, "seconds": 9.0}] * 3 + [
+        {"tokens_per_second": 1, "seconds": s} for s in (1, 3)
+    ]
+    write_lines(tmp_path / "metrics.jsonl", [{"epoch": 1}, *rows])
+    module = load("extension_methods")
+    assert module.affordable_steps(tmp_path, 20) == 10
+    assert module.affordable_steps(tmp_path, 0.1) == 1
+
+
+def test_methods_stand_in_one_table(load: Any, tmp_path: Path) -> None:
+    module, results = load("extension_methods"), load("results")
+    curve = [{"to": 8192, "perplexity": 30.0, "n": 5}, {"to": 32_768, "perplexity": 26.5, "n": 9}]
+    for name, score in (("theta", 0.75), ("LoRA alone", 0.5)):
+        folder = tmp_path / module.folder_name(name)
+        folder.mkdir()
+        write_lines(folder / "metrics.jsonl", [{"tokens_per_second": 1, "seconds": 2.0}] * 7)
+        tasks = {
+            "needle": {"lengths": [cell(8192, score), cell(32_768, score / 2)]},
+            "ppl": {"by_position": curve},
+        }
+        finished(tmp_path / f"{module.folder_name(name)}-eval", tasks)
+    rows = [row for name in ("theta", "LoRA alone") for row in module.rows_of(tmp_path, name, ORIGIN)]
+    results.add_rows(rows, tmp_path / "rows.jsonl")
+    assert results.read_rows(tmp_path / "rows.jsonl") == rows
+    assert module.table(rows) == [
+        "| method | steps | 8,192 | 32,768 | perplexity at the end |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| theta | 7 | 75% | 38% | 26.50 |",
+        "| LoRA alone | 7 | 50% | 25% | 26.50 |",
+    ]
