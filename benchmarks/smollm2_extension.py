@@ -329,13 +329,16 @@ def collect(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def estimate(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Seconds of one H100 of each phase by the measured figures: of reading or training, and of answering.
+    """Seconds of one H100 of each phase by the measured figures: of reading or training, and of making and answering.
 
-    Answering waits for kernels to be launched, so beside the reading of another process it costs less than that.
+    Texts are made by processors, and answering waits for kernels to be launched: beside the reading of another process
+    both cost less than that.
     """
     grid = settings(options, STAGES[-1], "eval")
     lengths = [parse_length(str(length)) for length in grid["lengths"]]
     read, answer = grid_seconds(lengths, grid["depths"], grid["samples"], 10)
+    # An answer of the base has no end, and so 24 tokens.
+    endless = grid_seconds(lengths, grid["depths"], grid["samples"], 24)[1]
     read += (
         3 * 1.3 * read_seconds(parse_length(str(grid["window"])))
     )  # three books, and the short context again
@@ -354,7 +357,7 @@ def estimate(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
     after = ((options.ruler, 11, 90), (options.multi_key, 3, 90), (options.unseen, unseen, 50))
     meetings = tasks_seconds(1, options.qmsum_rows, 17_000, 128)
     found = {
-        "base-grid": (read, 2.4 * answer),  # an answer without an end has 24 tokens
+        "base-grid": (read, endless),
         "base-tasks": tasks((options.base_ruler, 11, 128), (options.base_unseen, unseen, 64)),
         "grid": (read, answer),
         "tasks": tasks(*after),
@@ -373,13 +376,13 @@ def estimate(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
 def show_estimate(found: dict[str, tuple[float, float]]) -> None:
     """A line a phase, and the minutes of training and of evaluation after it."""
     for name, (read, answer) in found.items():
-        print(f"{name:12} {read:6.0f} s, answering {answer:4.0f} s")
+        print(f"{name:12} {read:6.0f} s, making questions and answering {answer:4.0f} s")
     for title, names in (
         ("training", [f"train-{stage}" for stage in STAGES]),
         ("evaluation after", list(KINDS)),
     ):
         read, answer = (sum(found[name][part] for name in names) / 60 for part in (0, 1))
-        print(f"{title}: {read:.1f} minutes, and {answer:.1f} of answering")
+        print(f"{title}: {read:.1f} minutes, and {answer:.1f} of making questions and answering")
 
 
 def read_options(words: list[str] | None = None) -> argparse.Namespace:
