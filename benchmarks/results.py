@@ -19,6 +19,8 @@ NEEDED = ("case", "stack", "seq", "metric", "value", "unit", "machine", "commit"
 EXTRA = ("variant", "n", "low", "high", "note")
 TITLES = {
     "smollm2-32k": "SmolLM2-135M-Instruct: 8K to 32K",
+    "smollm2-extension": "SmolLM2-135M-Instruct: 8K to 256K",
+    "extension-methods": "Ways to a longer context, in equal time: SmolLM2-135M-Instruct",
     "smollm2-beacon": "SmolLM2-135M-Instruct: a compressed past (Activation Beacon) on the 32K model",
     "eval-speed": "Evaluation: depths on one cache, and the memory of a long prompt",
     "builtin-4k": "The embedded model: 512 to 4,096",

@@ -71,8 +71,8 @@ class PrepareConfig(Section):
     )
     synthetic: Names = setting(
         [],
-        "Chats to add, about lines hidden in the input documents: TASK=COUNT; tasks: needle, multi-key, multi-value, "
-        "multi-query, variables, key-value, topic, multi-hop, ordered-events, count, repeat-paragraph, or all.",
+        "Chats on lines hidden in texts, TASK=COUNT; tasks: needle, multi-key, multi-value, multi-query, variables, "
+        "key-value, topic, multi-hop, ordered-events, count, repeat-paragraph, common-words, register, or all.",
     )
     synthetic_length: Length | None = setting(
         None, "Longest synthetic chat; lengths vary below it. Default: --max-length.", ge=64
@@ -280,7 +280,7 @@ class EvalConfig(ExportSection, PaceSection, ControlSection, BenchmarkSection, P
         if self.out is None:
             raise ValueError("--out is missing (Folder to make.)")
         if self.report is not None:
-            self.allows_only("report", "out", "export")
+            self.allows_only("report", "out", "export" if self.export else "compare")
         elif self.only_compares:
             for name in sorted(self.model_fields_set - {"out", "compare"}):
                 self.needs(name, False, "without --model, --out and --compare are two finished folders")

@@ -9,6 +9,8 @@ from typing import Any
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
 from longlora_cli.errors import DataError, IntegrityError, SettingsError
+from longlora_cli.evaluation.comparison import compare_evaluations
+from longlora_cli.evaluation.finished import read_evaluation
 from longlora_cli.evaluation.report.page import make_page
 from longlora_cli.evaluation.report.samples import Row
 from longlora_cli.storage import is_artifact, refuse_existing, verify_folder, write_text
@@ -20,7 +22,8 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     """Make `out` from the results and samples in `report`, which stays as it is: its manifest vouches for every byte.
 
     Args:
-        config: The settings: `report`, a finished evaluation, and `out`, the HTML file to make.
+        config: The settings: `report`, a finished evaluation, `out`, the HTML file to make, and perhaps `compare`, a
+            finished evaluation that the page sets beside it.
         console: Told what was written.
         dry_run: Read and make everything, write nothing.
 
@@ -30,6 +33,7 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
     Raises:
         SettingsError: `out` exists, or is not an .html file.
         DataError: `report` is not an evaluation.
+        NotFoundError, IncompatibleError: `compare` is none, or has nothing in common with it.
         IntegrityError: It is one whose bytes have changed.
     """
     assert config.report is not None  # or this module would not run: EvalConfig.module
@@ -42,7 +46,11 @@ def run(config: EvalConfig, console: Console, *, dry_run: bool) -> dict[str, Any
         )
     refuse_existing(out)
     results, rows = read_finished(folder)
-    page, picked = make_page(results, rows)
+    compared = None
+    if config.compare is not None:
+        other = read_evaluation(config.compare)
+        compared = compare_evaluations(read_evaluation(folder), other), other.results
+    page, picked = make_page(results, rows, compared=compared)
     if not dry_run:
         write_text(out, page)
     size, kept = len(page.encode()), sum(picked.kept.values())

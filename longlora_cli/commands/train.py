@@ -19,7 +19,7 @@ from longlora_cli.data.dataset import ChunkDataset
 from longlora_cli.errors import DataError, Interrupted, LongLoRAError, NumericError, SettingsError, Terminated
 from longlora_cli.evaluation.during_training import check_eval_data, make_evaluator
 from longlora_cli.models.loading import LoadedModel, choose_device
-from longlora_cli.models.source import ModelSource, base_folder, fingerprint, resolve
+from longlora_cli.models.source import ModelSource, adapter_sha256, base_folder, fingerprint, resolve
 from longlora_cli.models.tokenizer import load_tokenizer, template_sha256
 from longlora_cli.options import write_recipe
 from longlora_cli.parallel.mesh import Mesh
@@ -70,6 +70,8 @@ def run(config: TrainConfig, console: Console, *, dry_run: bool) -> dict[str, An
             "base": fingerprint(base_folder(source.base)),
             "chat_template": f"{config.chat_template} {template_sha256(tokenizer)}",
         }
+        if source.adapter is not None:
+            facts["adapter"] = adapter_sha256(source.adapter)
         if config.max_length == "auto":
             facts["context_length"] = context_length
         if planned.cut_chunks:

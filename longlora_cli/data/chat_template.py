@@ -40,6 +40,7 @@ __all__ = [
     "count_prompt",
     "count_tokens",
     "encode_prompt",
+    "encode_prompts",
     "end_token_id",
     "render_chat",
     "render_chats",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 Labels = Literal["assistant", "last", "all"]
+_CHARACTERS_TOGETHER = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,24 @@ def encode_prompt(
     """
     encoder = safe_encoder(tokenizer)
     return encoder.encode_batch([_prompt_text(tokenizer, messages, tools, answer_prefix)])[0].tolist()
+
+
+def encode_prompts(tokenizer: Any, chats: Sequence[list[Message]]) -> list[list[int]]:
+    """`encode_prompt` of each chat, a core a chat: eleven questions about 262,144 tokens take 0.45 s of one core each.
+
+    Raises:
+        DataError: See `render_chats`.
+    """
+    encoder = safe_encoder(tokenizer)
+    texts = [_prompt_text(tokenizer, messages, None, "") for messages in chats]
+    longest = max(map(len, texts), default=0)
+    # An encoding in the library takes more than a hundred bytes a token until its ids are taken.
+    together = max(1, _CHARACTERS_TOGETHER // max(1, longest))
+    return [
+        ids.tolist()
+        for start in range(0, len(texts), together)
+        for ids in encoder.encode_batch(texts[start : start + together])
+    ]
 
 
 def count_prompt(tokenizer: Any, messages: list[Message], *, answer_prefix: str = "") -> int:

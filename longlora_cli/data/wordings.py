@@ -1,7 +1,7 @@
 """The words of synthetic facts: keys, values, and several ways to state and ask one.
 
-The `eval` wordings share no template and no noun with the `train` ones, so that a model can also be tested on
-sentences of a form that it was never trained on.
+The `eval` wordings share no template, adjective, noun or city with the `train` ones, so that a model can also be
+tested on sentences of a form, about things, that it was never trained on.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ _NOUNS = words(
     sparrow
     """
 )
-_EVAL_NOUNS = (
-    "spider",
-    "summit",
-    "sword",
-    "temple",
-    "thistle",
-    "tiger",
-    "tower",
-    "valley",
-    "violin",
-    "willow",
+_EVAL_ADJECTIVES = words(
+    """
+    bashful breezy bulky careful cheerful chilly clumsy cosy creamy dainty damp drowsy faded fancy fluffy
+    fragile frosty fuzzy giddy gloomy glossy grumpy hasty hazy heavy jolly keen lazy lively muddy
+    """
 )
+_EVAL_NOUNS = words("spider summit sword temple thistle tiger tower valley violin willow")
 _CITIES = words(
     """
     Lisbon Oslo Vienna Dublin Cairo Lima Quito Havana Kyoto Seoul Delhi Tunis Riga Prague Warsaw Geneva
     Naples Seville Porto Bergen Malmo Turin Genoa Basel Bruges Ghent Leiden Krakow Tallinn Vilnius
     Zagreb Sofia Nairobi Dakar Accra Lagos Manila Hanoi Jakarta Perth Boston Denver Dallas Austin Tampa
     Omaha Tucson Calgary Ottawa Halifax
+    """
+)
+_EVAL_CITIES = words(
+    """
+    Madrid Athens Warwick Zurich Antwerp Utrecht Gdansk Kaunas Skopje Tirana Kampala Lusaka Harare Maputo
+    Osaka Busan Mumbai Colombo Hobart Darwin Toledo Reno Boise Fresno Regina
     """
 )
 
@@ -95,11 +96,22 @@ def templates(wording: Wording) -> tuple[Template, ...]:
     return _TRAIN if wording == "train" else _EVAL
 
 
+def training_nouns() -> tuple[str, ...]:
+    """The nouns of the `train` wording."""
+    return _NOUNS
+
+
+def may_be_trained_on(adjective: str, noun: str) -> bool:
+    """Whether synthetic training data may have this pair as a key: evaluation takes another one."""
+    return adjective in ADJECTIVES and noun in _NOUNS
+
+
 def draw_keys(rng: random.Random, count: int, wording: Wording) -> list[str]:
     """`count` different adjective-noun pairs; no two share their noun as long as there are nouns enough."""
     nouns = list(_NOUNS if wording == "train" else _EVAL_NOUNS)
+    before = ADJECTIVES if wording == "train" else _EVAL_ADJECTIVES
     rng.shuffle(nouns)
-    adjectives = {noun: rng.sample(ADJECTIVES, len(ADJECTIVES)) for noun in nouns[:count]}
+    adjectives = {noun: rng.sample(before, len(before)) for noun in nouns[:count]}
     rounds = [divmod(number, len(nouns)) for number in range(count)]
     return [f"{adjectives[nouns[noun]][turn]} {nouns[noun]}" for turn, noun in rounds]
 
@@ -115,7 +127,7 @@ def draw_value(
         DataError: Ten thousand numbers in a row were taken.
     """
     if template.kind == "city":
-        free = [city for city in _free_cities(taken) if not any(city in value for value in values)]
+        free = [city for city in _free_cities(taken, wording) if not any(city in value for value in values)]
         if free:
             return template, rng.choice(free)
         template = templates(wording)[0]
@@ -130,6 +142,6 @@ def draw_value(
 
 
 @lru_cache(maxsize=2)
-def _free_cities(text: str) -> tuple[str, ...]:
+def _free_cities(text: str, wording: Wording) -> tuple[str, ...]:
     """Cities that a text does not name: fifty searches of a long one, made once for all of a chat's facts."""
-    return tuple(city for city in _CITIES if city not in text)
+    return tuple(city for city in (_CITIES if wording == "train" else _EVAL_CITIES) if city not in text)

@@ -156,7 +156,7 @@ def load_model(
         section: Which model and how its numbers are held.
         rope: How positions are stretched; None or `keep` leaves the adapter's or the model's own.
         adapter: Adapter to put on the base that `section` names.
-        context_length: Tokens to read; gives the stretching its factor.
+        context_length: Tokens to read; gives the stretching its factor, and in training an adapter its new length.
         training: Adapter tensors stay trainable, beside the weights, and large bases are quantized by default. Else an
             adapter is folded into unquantized weights.
         with_beacons: The caller puts the source's beacons on the model, as `beacon.loading.load_model` does. Else a
@@ -180,7 +180,7 @@ def load_model(
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     facts, own = ModelFacts.of(config), RopeRecord.of(config)
-    record = _positions(source, own, rope, context_length, facts)
+    record = _positions(source, own, rope, context_length, facts, training=training)
     record.apply(config)
     device, dtype = choose_device(section.device), choose_dtype(section)
     quantization = choose_quantization(section, source, folder, training=training)
@@ -246,6 +246,8 @@ def _positions(
     rope: RopeSection | None,
     context_length: int | None,
     facts: ModelFacts,
+    *,
+    training: bool,
 ) -> RopeRecord:
     if source.record is not None:
         trained = RopeRecord.from_json(source.record.rope)
@@ -258,7 +260,8 @@ def _positions(
                     f"--rope {rope.rope} is {asked.describe()}, the adapter was trained with {trained.describe()}",
                     hint="Leave --rope out: a run's own positions are used.",
                 )
-        return trained
+        # What is trained on may read further, at the frequencies that it was trained with.
+        return trained.for_length(context_length or 0) if training else trained
     return positions.extend(own, rope or RopeSection(), context_length, facts.head_dim)
 
 

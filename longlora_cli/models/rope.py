@@ -60,6 +60,15 @@ class RopeRecord:
         """As stored beside adapters and merged models."""
         return {"parameters": dict(self.parameters), "max_position_embeddings": self.max_position_embeddings}
 
+    def for_length(self, tokens: int) -> RopeRecord:
+        """The same frequencies, allowed to read so many tokens: a run is trained on at a greater length.
+
+        `dynamic` stays as it is: its length is the one from which it starts to scale.
+        """
+        if self.parameters["rope_type"] == "dynamic" or tokens <= self.max_position_embeddings:
+            return self
+        return RopeRecord(self.parameters, tokens)
+
     def apply(self, config: Any) -> None:
         """Set it on a config from which the model is about to be built."""
         config.rope_parameters = dict(self.parameters)

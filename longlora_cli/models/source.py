@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_cli.errors import DataError, IntegrityError, NotFoundError, SecurityError
-from longlora_cli.storage import verify_folder
+from longlora_cli.storage import MANIFEST, sha256_of, verify_folder
 
 BUILTIN = "builtin"
 RECORD = "longlora.json"
@@ -144,6 +144,12 @@ def _from_adapter(folder: Path) -> ModelSource:
     if not base:
         raise DataError(f"{folder} does not name its base model", hint="Give it: --model BASE --adapter ...")
     return ModelSource(str(base), path, None)
+
+
+def adapter_sha256(folder: Path) -> str:
+    """Of the adapter that a training begins from, in hex: its manifest's, or its weights' where it has none."""
+    manifest = folder / MANIFEST
+    return sha256_of(manifest if manifest.is_file() else folder / "adapter_model.safetensors")
 
 
 def _read_adapter(folder: Path) -> tuple[Path, AdapterRecord | None]:

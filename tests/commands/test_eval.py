@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from longlora_cli.commands import eval as command
 from longlora_cli.config import EvalConfig
 from longlora_cli.console import Console
-from longlora_cli.errors import DataError, IntegrityError, Interrupted, SettingsError
+from longlora_cli.errors import DataError, IntegrityError, Interrupted, NotFoundError, SettingsError
 from longlora_cli.options import resolve
 from longlora_cli.storage import verify_folder
 
@@ -149,6 +150,25 @@ def test_a_report_made_anew_is_the_same_page_and_leaves_the_evaluation_as_it_is(
     verify_folder(finished, "evaluation")
     page = out.read_text()
     assert page.index('id="task-passkey"') < page.index('id="task-generate"')
+
+
+def test_a_report_beside_another_evaluation_begins_with_both(finished, tmp_path, no_model):
+    out = tmp_path / "page.html"
+    run(EvalConfig(report=finished, compare=finished, out=out))
+    page = out.read_text()
+    assert page.index("<h2>Before and after</h2>") < page.index('id="task-passkey"')
+    cells = json.loads((finished / "results.json").read_text())["tasks"]["passkey"]["cells"]
+    shown = re.findall(r"<td>(\d+) → (\d+)</td>", page)
+    assert sorted(shown) == sorted((f"{100 * c['score']:.0f}",) * 2 for c in cells)
+    verify_folder(finished, "evaluation")
+    with pytest.raises(SettingsError, match="--compare has no effect"):
+        resolve(
+            "eval",
+            {"report": finished, "compare": finished, "export": "lm-eval", "out": tmp_path / "x"},
+            None,
+        )
+    with pytest.raises(NotFoundError, match="there is no evaluation"):
+        run(EvalConfig(report=finished, compare=tmp_path / "none", out=tmp_path / "other.html"))
 
 
 def test_a_report_needs_no_torch(finished, tmp_path):

@@ -388,10 +388,10 @@ def test_every_synthetic_task_can_be_asked_for_and_shared_out(
 ) -> None:
     common = [book, "-m", model, "--max-length", 4096, "--synthetic-facts", 2, "--synthetic-questions", 1]
     out = tmp_path / "data"
-    summary = prepared(capsys, *common, "-o", out, "--synthetic", "all=13,count=2", "--synthetic", "topic=1")
+    summary = prepared(capsys, *common, "-o", out, "--synthetic", "all=15,count=2", "--synthetic", "topic=1")
     wanted = dict.fromkeys(TASKS, 1) | {"needle": 2, "multi-key": 2, "count": 3, "topic": 2}
     assert summary["synthetic_tasks"] == wanted
-    assert (summary["chats"], summary["synthetic_chats"]) == (16, 16)
+    assert (summary["chats"], summary["synthetic_chats"]) == (18, 18)
     assert ChunkDataset.open(out).manifests[0].meta["synthetic_tasks"] == wanted
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlora_cli.data.chat_template import encode_prompt, render_chat
+from longlora_cli.data import chat_template
+from longlora_cli.data.chat_template import encode_prompt, encode_prompts, render_chat
 from longlora_cli.data.chunk import IGNORE
 from longlora_cli.errors import DataError
 
@@ -201,3 +202,14 @@ def test_a_template_that_drops_reasoning_is_followed(chatml: Any) -> None:
     assert chat.ids == plain_ids(thinking, messages)
     [(start, end)] = learnt_runs(chat.labels)
     assert thinking.decode(chat.ids[start:end]) == "So.<|im_end|>"
+
+
+@pytest.mark.parametrize("together", [1, 300, 4_000_000])
+def test_prompts_together_are_each_its_own(
+    families: dict[str, Any], monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    monkeypatch.setattr(chat_template, "_CHARACTERS_TOGETHER", together)
+    chats = [conversation(turns, system=False)[:-1] for turns in (1, 3, 2)]
+    for tokenizer in families.values():
+        assert encode_prompts(tokenizer, chats) == [encode_prompt(tokenizer, chat) for chat in chats]
+    assert encode_prompts(families["chatml"], []) == []

@@ -1,11 +1,13 @@
-"""The eleven tasks of synthetic chats, each solved from the rendered text alone."""
+"""The thirteen tasks of synthetic chats, each solved from the rendered text alone."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import pkgutil
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
@@ -19,13 +21,17 @@ from longlora_cli.data import wordings
 from longlora_cli.data.chat_template import render_chat
 from longlora_cli.data.haystack import Haystack, split_sentences
 from longlora_cli.data.overlap import OverlapCheck
-from longlora_cli.data.synthetic import TASKS, SyntheticChat, make_training_chat
+from longlora_cli.data.synthetic import TASKS, SyntheticChat, hops, make_training_chat, topic
 from longlora_cli.data.synthetic.draw import Fresh, free_form, group_sizes
 from longlora_cli.data.synthetic.placing import place
 from longlora_cli.data.synthetic.sheet import Line, Request, Sheet, Turn
 from longlora_cli.data.synthetic.topic import ordinal
 from longlora_cli.errors import DataError
 from longlora_cli.evaluation.tasks import passkey
+from longlora_cli.evaluation.tasks import synthetic as evaluation_tasks
+from longlora_cli.evaluation.tasks.synthetic import babi
+from longlora_cli.evaluation.tasks.synthetic import topic as evaluation_topic
+from longlora_cli.evaluation.tasks.synthetic.words import new_pair
 from longlora_cli.models.tokenizer import load_tokenizer
 
 MODULES = {
@@ -39,6 +45,8 @@ MODULES = {
     "ordered-events": "events",
     "count": "count",
     "repeat-paragraph": "passage",
+    "common-words": "common_words",
+    "register": "register",
 }
 TEXTS = [book(seed) for seed in (1, 2, 3)]
 Fields = dict[str, str]
@@ -80,6 +88,7 @@ def pattern(template: str) -> str:
         "any": ".+",
         "all": ".+",
         "keys": ".+",
+        "words": "[a-z ,]+",
     }
     found, seen = "", set()
     for part in re.split(r"(\{\w+\})", template):
@@ -109,7 +118,7 @@ def asked(task: str, question: str) -> tuple[str, Fields]:
         (kind, match.groupdict())
         for form in forms(task)
         for kind, template in form.items()
-        if kind not in ("line", "start", "copy", "move", "take", "drop")
+        if kind not in ("line", "start", "copy", "move", "take", "drop", "head", "entry")
         if (match := re.fullmatch(pattern(template), question))
     ]
     assert len(found) == 1, (question, found)
@@ -218,6 +227,29 @@ def solve_passage(task: str, context: str, question: str) -> str:
     return only([row["text"] for _, row in said(task, context, "line") if row["name"] == name])
 
 
+def solve_common_words(task: str, context: str, question: str) -> str:
+    kind, fields = asked(task, question)
+    counts: Counter[str] = Counter()
+    for _, row in said(task, context, "line"):
+        if row["thing"] == fields["thing"]:
+            counts.update(row["words"].replace(",", "").split())
+    ranked = counts.most_common()
+    number = {"one": 1, "two": 2, "three": 3}[fields.get("number", kind)]
+    times = [count for _, count in ranked[: number + 1]]
+    assert len(set(times)) == number + 1  # no two of these come equally often
+    return ", ".join(word for word, _ in ranked[:number])
+
+
+def solve_register(task: str, context: str, question: str) -> str:
+    key = asked(task, question)[1]["key"]
+    form = next(form for form in forms(task) if re.fullmatch(pattern(form["question"]), question))
+    heads = list(re.finditer(pattern(form["head"]) + r" (?P<entries>.+)\.", context))
+    assert [int(head["page"]) for head in heads] == list(range(1, len(heads) + 1))
+    entries = [entry for head in heads for entry in head["entries"].split("; ")]
+    rows = [re.fullmatch(pattern(form["entry"]), entry) for entry in entries]
+    return only([row["value"] for row in rows if row is not None and row["key"] == key])
+
+
 SOLVERS: dict[str, Callable[[str, str, str], str]] = {
     "needle": solve_pairs,
     "multi-key": solve_pairs,
@@ -230,6 +262,8 @@ SOLVERS: dict[str, Callable[[str, str, str], str]] = {
     "ordered-events": solve_events,
     "count": solve_count,
     "repeat-paragraph": solve_passage,
+    "common-words": solve_common_words,
+    "register": solve_register,
 }
 
 
@@ -398,19 +432,68 @@ def test_the_seed_decides(task: str, haystack: Haystack, builtin: Any) -> None:
     assert make(haystack, builtin, task).messages != make(haystack, builtin, task, seed=1).messages
 
 
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from strings(part)
+
+
+def evaluation_texts() -> list[str]:
+    """Every sentence and question that evaluation's own tasks have: the strings of several words in its modules."""
+    modules = [passkey] + [
+        import_module(f"{evaluation_tasks.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(evaluation_tasks.__path__)
+    ]
+    constants = [value for module in modules for name, value in vars(module).items() if name.upper() == name]
+    found = [text for value in constants for text in strings(value) if " " in text and text[0] != "/"]
+    return found + [text for t in wordings.templates("eval") for text in (t.sentence, t.question)]
+
+
+def runs(text: str, words: int) -> set[tuple[str, ...]]:
+    """Runs of so many words; a field ends one."""
+    found = set()
+    for part in re.sub(r"\{\w+\}", "|", text.lower()).split("|"):
+        said = re.findall(r"\w+", part)
+        found |= {tuple(said[n : n + words]) for n in range(len(said) - words + 1)}
+    return found
+
+
 def test_no_wording_of_training_is_one_of_evaluation() -> None:
     ours = [text for task in TASKS for form in forms(task) for text in form.values()]
-    theirs = [text for t in wordings.templates("eval") for text in (t.sentence, t.question)]
-    theirs += [passkey._SENTENCE, passkey._QUESTION, passkey._BASE_PROMPT, passkey.NOISE]
-
-    def runs(text: str) -> set[tuple[str, ...]]:
-        """Three words in a row that say something."""
-        words = re.findall(r"\w+", re.sub(r"\{\w+\}", " | ", text.lower()))
-        return set(zip(words, words[1:], words[2:], strict=False))
-
-    shared = set().union(*map(runs, ours)) & set().union(*map(runs, theirs))
-    assert shared <= {("what", "is", "the")}
+    theirs = evaluation_texts()
+    assert len(theirs) > 80  # every task of evaluation says something
+    for words, known in ((4, set[str]()), (3, SMALL_WORDS)):
+        shared = set().union(*(runs(t, words) for t in ours)) & set().union(*(runs(t, words) for t in theirs))
+        assert {" ".join(run) for run in shared} <= known
     assert len(ours) == len(set(ours))
+
+
+# Three words in a row that ask for nothing by themselves.
+SMALL_WORDS = {"what is the", "the numbers in", "belongs to the", "one of the", "of the text", "the price of"}
+
+
+def test_no_key_or_city_of_evaluation_is_one_of_training() -> None:
+    assert not set(wordings.ADJECTIVES) & set(wordings._EVAL_ADJECTIVES)
+    assert not set(wordings.training_nouns()) & set(wordings._EVAL_NOUNS)
+    assert not set(wordings._CITIES) & set(wordings._EVAL_CITIES)
+    rng = random.Random(0)
+    for wording in ("train", "eval"):
+        for key in wordings.draw_keys(rng, 64, wording):
+            assert wordings.may_be_trained_on(*key.split()) == (wording == "train")
+
+
+def test_a_key_that_training_may_have_is_drawn_again_in_evaluation() -> None:
+    trained, others = ["amber", "plain"], ["falcon", "summit"]
+    rng = random.Random(0)
+    drawn = {new_pair(rng, trained, others) for _ in range(200)}
+    assert drawn == {("amber", "summit"), ("plain", "summit")}
+
+
+def test_no_place_of_training_is_a_label_of_evaluation() -> None:
+    assert not set(hops._ROOMS) & set(babi.ROOMS)
+    assert not set(topic._ASPECTS) & set(evaluation_topic._SIDES)
 
 
 def test_chats_pass_the_overlap_check_against_chats_of_evaluation(haystack: Haystack, builtin: Any) -> None:

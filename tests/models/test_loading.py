@@ -84,6 +84,27 @@ def test_loading_without_naming_rope_restores_the_trained_positions(
     assert torch.equal(live, loaded.causal_lm.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize("rope", ["theta", "linear", "dynamic", "yarn", "llama3"])
+def test_an_adapter_that_is_trained_on_reads_further_at_the_same_frequencies(
+    tiny_model_folder: Path, tmp_path: Path, rope: str
+) -> None:
+    first, folder = trained(tmp_path / "a", settings(tiny_model_folder, rope=rope), context_length=512)
+    again = load_model(settings(folder), settings(folder), context_length=2048, training=True)
+    assert again.rope.parameters == first.rope.parameters
+    # dynamic measures its growth against the base's own length, which has to stay.
+    assert again.rope.max_position_embeddings == (
+        first.rope.max_position_embeddings if rope == "dynamic" else 2048
+    )
+    live = again.causal_lm.model.rotary_emb.inv_freq
+    assert torch.equal(live, first.causal_lm.model.rotary_emb.inv_freq)
+    assert again.record(2048).rope["max_position_embeddings"] == again.rope.max_position_embeddings
+
+
+def test_an_adapter_that_is_only_used_keeps_its_length(tiny_model_folder: Path, tmp_path: Path) -> None:
+    first, folder = trained(tmp_path / "a", settings(tiny_model_folder, rope="theta"), context_length=512)
+    assert load_model(settings(folder), context_length=2048).rope == first.rope
+
+
 def test_other_positions_for_a_trained_adapter_are_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
     _, folder = trained(tmp_path / "a", settings(tiny_model_folder, rope="yarn"))
     with pytest.raises(SettingsError, match="the adapter was trained with yarn"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,41 @@ def test_every_optimizer_resumes_bit_for_bit(command: dict[str, Any], tmp_path: 
     assert adapter_hash(tmp_path / "parts") == adapter_hash(tmp_path / "whole")
 
 
+def test_a_run_is_trained_on_at_a_greater_length_with_its_own_positions_and_adapter(
+    command: dict[str, Any], tmp_path: Path
+) -> None:
+    stretch = {"rope": "theta", "rope_theta": 40_000.0}
+    run(command, out=tmp_path / "first", steps=2, max_length=512, **stretch)
+    begun = {**command, "model": str(tmp_path / "first"), "max_length": 1024}
+    del begun["lora_rank"]
+    result = run(begun, out=tmp_path / "second", steps=2, learning_rate=1e-9, **stretch)
+    assert result["context_length"] == 1024
+    assert result["rope"]["max_position_embeddings"] == 1024
+    assert result["rope"]["parameters"]["rope_theta"] == 40_000.0
+    first, second = adapter_of(tmp_path / "first"), adapter_of(tmp_path / "second")
+    for name, value in first.items():  # it began where the first run ended, not at a fresh adapter
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-7)
+    record = json.loads((tmp_path / "second" / "adapter" / "longlora.json").read_text())
+    assert record["base"] == command["model"]
+    assert record["context_length"] == 1024
+    with pytest.raises(SettingsError, match="the adapter was trained with"):
+        run(begun, out=tmp_path / "third", steps=2, rope="theta", rope_theta=50_000.0)
+
+
+def test_a_stage_does_not_resume_from_another_run_than_it_began_with(
+    command: dict[str, Any], tmp_path: Path
+) -> None:
+    run(command, out=tmp_path / "first", steps=1)
+    begun = {**command, "model": str(tmp_path / "first"), "steps": 4, "save_every": 2}
+    del begun["lora_rank"]
+    run(begun, out=tmp_path / "second")
+    cut_back(tmp_path / "second", 2)
+    shutil.rmtree(tmp_path / "first")
+    run(command, out=tmp_path / "first", steps=2)
+    with pytest.raises(IntegrityError, match="was started with another adapter"):
+        run(begun, out=tmp_path / "second")
+
+
 def test_paged_optimizer_state_on_a_cpu_is_refused(command: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="has no effect on a CPU"):
         run(command, out=tmp_path / "r", steps=1, optimizer="paged_adamw_8bit")
@@ -115,8 +151,6 @@ def test_paged_optimizer_state_on_a_cpu_is_refused(command: dict[str, Any], tmp_
 
 def cut_back(folder: Path, step: int) -> None:
     """Make a finished run look as if it had been killed after `step`."""
-    import shutil
-
     shutil.rmtree(folder / "adapter")
     for later in checkpoint.steps_of(folder):
         if later > step:

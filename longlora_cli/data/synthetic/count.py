@@ -9,11 +9,11 @@ from __future__ import annotations
 from longlora_cli.data.synthetic.draw import Fresh, group_sizes, interleaved
 from longlora_cli.data.synthetic.sheet import Form, Line, Request, Sheet, Turn, spread_depths
 
-_NUMBER = " Answer with a number."
+_NUMBER = " Say the number."
 FORMS: tuple[Form, ...] = (
     {
         "line": "The {thing} came past.",
-        "question": "How many times does the text say that the {thing} came past?" + _NUMBER,
+        "question": "How many times did the {thing} come past?" + _NUMBER,
     },
     {
         "line": "A bell rang for the {thing}.",

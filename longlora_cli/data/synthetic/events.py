@@ -18,19 +18,19 @@ FORMS: tuple[Form, ...] = (
         "line": "Logbook, day {day}: the {thing} was sighted.",
         "first": "Which does the logbook say was sighted first: {any}?",
         "next": "By the days of the logbook, what was sighted next after the {thing}?",
-        "order": "In which order were {all} sighted? Earliest first, with commas between them.",
+        "order": "In which order were {all} sighted? Earliest first, separated by commas.",
     },
     {
         "line": "On day {day} of the voyage we passed the {thing}.",
         "first": "Which did we pass first on the voyage: {any}?",
         "next": "By the days of the voyage, what did we pass next after the {thing}?",
-        "order": "In which order did we pass {all}? Earliest first, with commas between them.",
+        "order": "In which order did we pass {all}? Earliest first, separated by commas.",
     },
     {
         "line": "The {thing} was sold on market day {day}.",
         "first": "Which was sold first: {any}?",
         "next": "By the market days, what was sold next after the {thing}?",
-        "order": "In which order were {all} sold? Earliest first, with commas between them.",
+        "order": "In which order were {all} sold? Earliest first, separated by commas.",
     },
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from longlora_cli.data.synthetic.draw import Fresh, in_words
 from longlora_cli.data.synthetic.sheet import Form, Line, Request, Sheet, Turn, spread_depths
 
-_ORDER = " Give the numbers in this order, with commas between them."
+_ORDER = " Give the numbers in this order, separated by commas."
 _MOST_KEYS = 4
 FORMS: tuple[Form, ...] = (
     {"line": "The {key} weighs {value} grams.", "question": "How many grams do {keys} weigh?" + _ORDER},

@@ -9,7 +9,7 @@ from __future__ import annotations
 from longlora_cli.data.synthetic.draw import Fresh, group_sizes, interleaved
 from longlora_cli.data.synthetic.sheet import Form, Line, Request, Sheet, Turn, spread_depths
 
-_ALL = " List all of them in the order of the text, with commas between them."
+_ALL = " List all of them in the order of the text, separated by commas."
 FORMS: tuple[Form, ...] = (
     {
         "line": "One of the stamps on the {key} reads {value}.",

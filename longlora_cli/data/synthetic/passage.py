@@ -18,15 +18,15 @@ _SENTENCES = 12
 FORMS: tuple[Form, ...] = (
     {
         "line": "[Passage {name}] {text} [End of passage {name}]",
-        "question": "Repeat the passage {name} word for word, without its marks.",
+        "question": "Repeat the passage {name} exactly, leaving out its marks.",
     },
     {
         "line": "Copy this for the {name}: {text} (End of the copy for the {name}.)",
-        "question": "What is to be copied for the {name}? Give it word for word.",
+        "question": "What is to be copied for the {name}? Say exactly that.",
     },
     {
         "line": "<{name}> {text} </{name}>",
-        "question": "Which text stands between <{name}> and </{name}>? Give it word for word.",
+        "question": "Which text stands between <{name}> and </{name}>? Say exactly that.",
     },
 )
 

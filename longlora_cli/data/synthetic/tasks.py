@@ -1,4 +1,4 @@
-"""Synthetic training chats: eleven tasks, one way to make a chat.
+"""Synthetic training chats: thirteen tasks, one way to make a chat.
 
 Sample `index` of a task is a function of the seed, its number, the haystack, the tokenizer and the numbers asked for:
 neither of what was made before it nor of which process makes it.
@@ -10,6 +10,7 @@ import random
 from typing import Any
 
 from longlora_cli.data.haystack import Haystack
+from longlora_cli.data.synthetic.common_words import common_words
 from longlora_cli.data.synthetic.count import count
 from longlora_cli.data.synthetic.events import ordered_events
 from longlora_cli.data.synthetic.hops import multi_hop
@@ -20,6 +21,7 @@ from longlora_cli.data.synthetic.multi_value import multi_value
 from longlora_cli.data.synthetic.needle import needle
 from longlora_cli.data.synthetic.passage import repeat_paragraph
 from longlora_cli.data.synthetic.placing import SyntheticChat, bare_tokens, place
+from longlora_cli.data.synthetic.register import register
 from longlora_cli.data.synthetic.sheet import Request, Sheet, Task
 from longlora_cli.data.synthetic.topic import topic
 from longlora_cli.data.synthetic.variables import variables
@@ -36,6 +38,8 @@ TASKS: dict[str, Task] = {
     "ordered-events": ordered_events,
     "count": count,
     "repeat-paragraph": repeat_paragraph,
+    "common-words": common_words,
+    "register": register,
 }
 """The tasks by the names that settings use."""
 

@@ -11,7 +11,7 @@ from longlora_cli.data.synthetic.sheet import Form, Line, Request, Sheet, Turn, 
 
 # Four consonants are no word, and no Roman number of more than a few letters.
 _LETTERS = "BFGHJKNPQRSTWZ"
-_ALL = " List all of them in the order of the text, with commas between them."
+_ALL = " List all of them in the order of the text, separated by commas."
 FORMS: tuple[Form, ...] = (
     {
         "start": "Set {name} to {value}.",

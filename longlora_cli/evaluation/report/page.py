@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from longlora_cli.evaluation.report.comparison_section import ID, comparison_section
 from longlora_cli.evaluation.report.markup import Markup, join, table, tag
 from longlora_cli.evaluation.report.numbers import interval, number, percent
 from longlora_cli.evaluation.report.parts import definitions, folded, score_cells, slug, value_text
@@ -27,6 +28,7 @@ def make_page(
     *,
     most_samples: int = MOST_SAMPLES,
     most_bytes: int = MOST_BYTES,
+    compared: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
 ) -> tuple[str, Picked]:
     """The report of an evaluation.
 
@@ -37,6 +39,8 @@ def make_page(
         rows_by_task: The content of `samples/<task>.jsonl`.
         most_samples: At most so many samples in the page.
         most_bytes: At most so much JSON of samples in the page.
+        compared: What `compare_evaluations` found with this evaluation as A, and the results of B; shown as before and
+            after.
 
     Returns:
         The page, the same text for the same input, and the samples in it.
@@ -52,10 +56,11 @@ def make_page(
     name = str(results.get("model", {}).get("name", "model"))
     body = join(
         tag("a", "Skip to the results", href="#overview", class_="skip"),
-        _head(results, name, [*groups, *tasks]),
+        _head(results, name, [*groups, *tasks], is_compared=compared is not None),
         tag(
             "main",
             _overview(tasks, groups),
+            Markup("") if compared is None else comparison_section(compared[0], tasks, compared[1]["tasks"]),
             _audits(results.get("audits")),
             *(group_section(name, group) for name, group in groups.items()),
             *(task_section(task, summary, rows[task]) for task, summary in tasks.items()),
@@ -66,7 +71,13 @@ def make_page(
         data_block(picked),
         tag("script", script),
     )
-    head = join(
+    page = tag("html", tag("head", _meta(name, style, script)), tag("body", body), lang="en")
+    return f"<!doctype html>\n{page}\n", picked
+
+
+def _meta(name: str, style: Markup, script: Markup) -> Markup:
+    """What a browser is told before it shows anything; nothing else may run or be fetched."""
+    return join(
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_policy(style, script)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -76,8 +87,6 @@ def make_page(
         tag("link", rel="icon", href="data:,"),
         tag("style", style),
     )
-    page = tag("html", tag("head", head), tag("body", body), lang="en")
-    return f"<!doctype html>\n{page}\n", picked
 
 
 def _source(name: str) -> Markup:
@@ -94,7 +103,7 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _head(results: dict[str, Any], name: str, parts: list[str]) -> Markup:
+def _head(results: dict[str, Any], name: str, parts: list[str], *, is_compared: bool) -> Markup:
     model, versions = results.get("model", {}), results.get("versions", {})
     facts: list[tuple[str, str]] = [("Model", name)]
     if model.get("base") not in (None, name):
@@ -119,7 +128,8 @@ def _head(results: dict[str, Any], name: str, parts: list[str]) -> Markup:
         cost.append(f"{results['peak_bytes'] / 2**20:,.0f} MiB at most")
     if cost:
         facts.append(("Cost", ", ".join(cost)))
-    links = [("overview", "Overview"), *([("audits", "Audits")] if results.get("audits") else [])]
+    links = [("overview", "Overview"), *([(ID, "Before and after")] if is_compared else [])]
+    links += [*([("audits", "Audits")] if results.get("audits") else [])]
     links += [(slug(task), task) for task in parts]
     links += [("samples", "Samples"), ("settings", "Settings")]
     return tag(

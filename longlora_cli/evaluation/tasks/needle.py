@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from longlora_cli.data.chat_template import encode_prompt, require_template
+from longlora_cli.data.chat_template import encode_prompt, encode_prompts, require_template
 from longlora_cli.data.encoding import safe_encoder
 from longlora_cli.data.haystack import Haystack
 from longlora_cli.data.synthetic import RetrievalChat, make_retrieval_chat
@@ -107,7 +107,7 @@ def _fit(
     if best is None:
         raise _too_short(length)
     turns = _first_turns(best)
-    prompts = [encode_prompt(tokenizer, [turn]) for turn in turns]
+    prompts = encode_prompts(tokenizer, [[turn] for turn in turns])
     return [
         Question(
             TASK,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.hiding import Hidden, hide, take
 from longlora_cli.evaluation.tasks.synthetic.request import Request
-from longlora_cli.evaluation.tasks.synthetic.words import Fresh, word_lists
+from longlora_cli.evaluation.tasks.synthetic.words import Fresh, new_pair, word_lists
 
 COUNT_LINE = "The {thing} knocked at the gate."
 COUNT_TEMPLATE = (
@@ -83,6 +83,6 @@ def _things(request: Request, text: str, number: int) -> list[str]:
     rng, fresh = request.rng("things"), Fresh(text)
     short = {kind: [word for word in words if len(word) <= 6] for kind, words in word_lists().items()}
     return [
-        fresh.draw(lambda: f"{rng.choice(short['adjectives'])} {rng.choice(short['nouns'])}")
+        fresh.draw(lambda: " ".join(new_pair(rng, short["adjectives"], short["nouns"])))
         for _ in range(number)
     ]

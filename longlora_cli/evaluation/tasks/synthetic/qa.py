@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from longlora_cli.evaluation.tasks.sample import Sample
 from longlora_cli.evaluation.tasks.synthetic.hiding import Hidden, hide, take
 from longlora_cli.evaluation.tasks.synthetic.request import Request
-from longlora_cli.evaluation.tasks.synthetic.words import Fresh, invented_word, word_lists
+from longlora_cli.evaluation.tasks.synthetic.words import Fresh, invented_word, new_pair, word_lists
 
 FACTS = (
     "At the auction the {thing} went to {person}.",
@@ -55,5 +55,5 @@ def _draw(request: Request, fresh: Fresh) -> dict[str, str]:
     names = {
         part: fresh.draw(lambda: invented_word(rng, 2).capitalize()) for part in ("person", "town", "river")
     }
-    thing = fresh.draw(lambda: f"{rng.choice(lists['adjectives'])} {rng.choice(lists['nouns'])}")
+    thing = fresh.draw(lambda: " ".join(new_pair(rng, lists["adjectives"], lists["nouns"])))
     return {**names, "thing": thing}

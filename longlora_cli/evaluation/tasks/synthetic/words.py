@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
 
+from longlora_cli.data.wordings import may_be_trained_on
 from longlora_cli.errors import DataError
 
 _FILE = Path(__file__).parent / "words.txt"
@@ -59,9 +60,17 @@ def endings() -> list[str]:
 
 
 def word_key(rng: random.Random) -> str:
-    """An adjective and a noun, `amber-falcon`, as RULER's keys are."""
+    """An adjective and a noun, `amber-falcon`, as RULER's keys are; none of what `prepare --synthetic` draws."""
     lists = word_lists()
-    return f"{rng.choice(lists['adjectives'])}-{rng.choice(lists['nouns'])}"
+    return "-".join(new_pair(rng, lists["adjectives"], lists["nouns"]))
+
+
+def new_pair(rng: random.Random, adjectives: Sequence[str], nouns: Sequence[str]) -> tuple[str, str]:
+    """An adjective and a noun that are together no key of `prepare --synthetic`: a model may have learnt those."""
+    while True:
+        pair = rng.choice(adjectives), rng.choice(nouns)
+        if not may_be_trained_on(*pair):
+            return pair
 
 
 def seven_digits(rng: random.Random) -> str:
