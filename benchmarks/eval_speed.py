@@ -82,7 +82,10 @@ def grid_rows(plan: EvalPlan, loaded: LoadedModel) -> list[dict[str, Any]]:
     rows = []
     for task in ("needle", "passkey"):
         questions = list(plan.grid_questions(task))
-        answers(loaded, questions[:1], one_cache=True)  # kernels are made once
+        answers(
+            loaded, questions[:2], one_cache=True
+        )  # kernels are made once, those of a batch and of one question
+        answers(loaded, questions[:1], one_cache=False)
         one, shared = answers(loaded, questions, one_cache=True)
         many, separate = answers(loaded, questions, one_cache=False)
         same = sum(a == b for a, b in zip(one, many, strict=True))

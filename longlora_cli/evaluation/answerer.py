@@ -10,7 +10,7 @@ import torch
 from longlora_cli.errors import SettingsError
 from longlora_cli.evaluation.batching import Batching
 from longlora_cli.evaluation.generation import Answer, Question
-from longlora_cli.generation.batch import answer_together
+from longlora_cli.generation.batch import answer_together, has_window
 from longlora_cli.generation.cache import cache_bytes_for, depends_on_length
 from longlora_cli.generation.past import PLAIN, Past
 from longlora_cli.generation.reader import Query
@@ -24,7 +24,8 @@ _QUERY_TOKENS = 64
 # Keys and values of no more tokens than one prompt of 32K; on two CPU cores 16 rows were faster than 8 up to 512
 # tokens, and from 2,048 on nothing was gained any more. A GPU waits for launches while it decodes one row
 # (SmolLM2 after 32K on an H100: 0.30 s a question of 8 new tokens, where reading the 32K took 0.15 s), so there keys
-# and values may take a quarter of what is free: a layer's are copied when they grow.
+# and values may take a quarter of what is free: a layer's are copied when they grow. A text that all rows begin with
+# counts once where it is held once.
 _AUTO_ROWS, _AUTO_TOKENS = 16, 32_768
 _AUTO_GPU_SHARE = 0.25
 
@@ -56,7 +57,8 @@ def choose_batching(asked: int | Literal["auto"], loaded: LoadedModel, past: Pas
             rule="Positions that change with a prompt's length are those of one prompt.",
             hint="Leave --batch-size out.",
         )
-    return Batching(_AUTO_ROWS, _auto_tokens(loaded)) if asked == "auto" else Batching(asked)
+    shares = not has_window(loaded)
+    return Batching(_AUTO_ROWS, _auto_tokens(loaded), shares) if asked == "auto" else Batching(asked)
 
 
 def _auto_tokens(loaded: LoadedModel) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from longlora_cli.generation.requests import Request, shared_tokens
+from longlora_cli.generation.requests import Request, held_tokens, shared_tokens
 
 T = TypeVar("T")
 
@@ -25,11 +25,13 @@ class Batching:
 
     Args:
         rows: Most of them.
-        tokens: Most tokens of all rows, each as long as the longest with its answer; None: as many as there are.
+        tokens: Most tokens that all rows hold (`requests.held_tokens`); None: as many as there are.
+        shares: What all rows begin with is held once.
     """
 
     rows: int
     tokens: int | None = None
+    shares: bool = True
 
     def is_full(self, held: Sequence[Request]) -> bool:
         """Whether nothing can join any more."""
@@ -40,8 +42,7 @@ class Batching:
         if self.is_full(held):
             return False
         all_of = [*held, new]
-        whole = max(len(one.ids) + one.max_new_tokens for one in all_of)
-        if self.tokens is not None and len(all_of) * whole > self.tokens:
+        if self.tokens is not None and held_tokens(all_of, shares=self.shares) > self.tokens:
             return False
         read = sum(len(one.ids) for one in all_of)
         padding = len(all_of) * max(len(one.ids) for one in all_of) - read

@@ -1,7 +1,8 @@
 """Several prompts read and answered together: one pass over the weights gives a token of each.
 
-Rows end together. What they all begin with is read once, as by a session; behind it stands a gap in each row but the
-longest, which attention passes over (`memory.attention.Gap`), and positions count tokens, not places. So each row's
+Rows end together. What they all begin with is read once, as by a session, and held once (`memory.attention_prefix`);
+behind it stands a gap in each row but the longest, which attention passes over (`memory.attention.Gap`), and positions
+count tokens, not places. So each row's
 numbers are those of the row alone, up to the order of sums. Rows that have ended leave once half of them have.
 """
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from longlora_cli.generation.cache import cache_bytes, depends_on_length, new_cache
 from longlora_cli.generation.prefill import next_logits
-from longlora_cli.generation.requests import Request, shared_tokens
+from longlora_cli.generation.requests import MOST_BEHIND_PREFIX, Request, shared_tokens
 from longlora_cli.generation.session import Answer, Finish
 from longlora_cli.generation.stopping import StopWatch
 from longlora_cli.memory.attention import Gap
+from longlora_cli.memory.attention_prefix import SharedPrefix
 from longlora_cli.models.loading import LoadedModel
 
 _FILLER = 0  # any token of the vocabulary: nothing sees what stands in a gap
@@ -33,7 +35,7 @@ def answer_together(
 
     Args:
         loaded: The model; its positions must not depend on the length.
-        requests: At least one. Keys and values of all take `len(requests)` times those of the longest.
+        requests: At least one. Keys and values of all are those of `requests.held_tokens`.
         stop_ids: Tokens that end an answer.
         prefill_chunk: Most tokens run at one time, of all rows together.
 
@@ -92,6 +94,11 @@ def _likeliest(logits: Tensor) -> list[int]:
     return chosen
 
 
+def has_window(loaded: LoadedModel) -> bool:
+    """True when the model has a sliding window, which would pass over a text that is held once."""
+    return getattr(loaded.causal_lm.config, "sliding_window", None) is not None
+
+
 class _Batch:
     """Rows that end together, and the cache of their keys and values."""
 
@@ -105,6 +112,7 @@ class _Batch:
         self._pads = [self._longest - len(rest) for rest in self._rests]
         self._widths = torch.tensor(self._pads, device=loaded.device)
         self._done = 0  # places behind the prefix
+        self._held: SharedPrefix | None = None
 
     def read(self) -> Tensor:
         """Run all prompts; the last hidden state of each, `[rows, width]`."""
@@ -133,13 +141,22 @@ class _Batch:
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
 
+    def _is_held_once(self) -> bool:
+        """Not where a window passes over the prefix, nor where so much is behind it that its scores are too many."""
+        return not has_window(self._loaded) and self._longest <= MOST_BEHIND_PREFIX
+
     def _gap(self) -> dict[str, Any]:
+        if self._held is not None:
+            return {"prefix": self._held, "gap": Gap(0, self._widths)}
         return {"gap": Gap(self.shared, self._widths)} if any(self._pads) else {}
 
     def _read_behind_prefix(self) -> Tensor:
         """The prefix once, then what each row has behind it, all rows together."""
         self._read_row(self._prefix, self.cache)
         rows = len(self._rests)
+        if self._is_held_once():
+            self._held = SharedPrefix(tuple((layer.keys, layer.values) for layer in self.cache.layers))
+            self.cache = new_cache()
         for layer in self.cache.layers:
             layer.keys = layer.keys.expand(rows, *layer.keys.shape[1:])
             layer.values = layer.values.expand(rows, *layer.values.shape[1:])

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from longlora_cli.errors import IncompatibleError
 from longlora_cli.memory.attention_kernels import AttentionKernel, attend, choose_kernel, refuse_backend
+from longlora_cli.memory.attention_masks import attend_masked
+from longlora_cli.memory.attention_prefix import SharedPrefix, attend_behind_prefix
 from longlora_cli.memory.attention_segments import AttentionSegments, attend_segments, segment_kernel
 
 Kernels = dict[tuple[torch.device, torch.dtype, int], AttentionKernel]
@@ -62,9 +64,9 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
     """The function transformers calls for each layer, over the kernels of `backend`.
 
     Any keyword given to `model(...)` arrives here, among them `document_lengths` (for each row of the batch its
-    documents' tokens), `gap` (a `Gap` in keys that are cached), `kv_heads_per_call` and `shifted_group` (see
-    `attention_kernels.attend_forward`), and `segments` (see `attention_segments.attend_segments`), which say by
-    themselves who sees whom.
+    documents' tokens), `gap` (a `Gap` in keys that are cached), `prefix` (a `SharedPrefix` before them; a gap is then
+    counted behind it), `kv_heads_per_call` and `shifted_group` (see `attention_kernels.attend_forward`), and `segments`
+    (see `attention_segments.attend_segments`), which say by themselves who sees whom.
     """
     kernels: Kernels = {}
 
@@ -81,6 +83,7 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         sliding_window: int | None = None,
         softcap: float | None = None,
         gap: Gap | None = None,
+        prefix: SharedPrefix | None = None,
         kv_heads_per_call: int = 0,
         shifted_group: int = 0,
         segments: AttentionSegments | None = None,
@@ -98,10 +101,12 @@ def make_attention(backend: str) -> Callable[..., tuple[Tensor, None]]:
         for lengths in document_lengths or ():
             if sum(lengths) != tokens or past:
                 raise IncompatibleError(f"documents of {sum(lengths)} tokens in a row of {tokens}")
-        if gap is not None:
-            if document_lengths is not None or shifted_group or dropout:
-                raise IncompatibleError("a gap works without documents, shifted attention and dropout")
-            return _around(query, key, value, gap, scale, window), None
+        if gap is not None or prefix is not None:
+            _refuse_beside(prefix, document_lengths, shifted_group, dropout)
+            if prefix is None:
+                return _around(query, key, value, gap, scale, window), None
+            _refuse_prefix(prefix, key.shape[2], sliding_window)
+            return _behind(module.layer_idx, query, key, value, prefix, gap, scale), None
         if past or window is not None or dropout or value.shape[3] != query.shape[3]:
             if shifted_group:
                 raise IncompatibleError(
@@ -121,6 +126,33 @@ def _refuse_window(segments: AttentionSegments, sliding_window: int | None) -> N
             f"a memory and window of {segments.most_keys:,} tokens with a model that sees {sliding_window:,}",
             rule="A sliding window would hide the beginning of the memory.",
         )
+
+
+def _refuse_beside(
+    prefix: SharedPrefix | None, document_lengths: list[list[int]] | None, shifted_group: int, dropout: float
+) -> None:
+    if document_lengths is not None or shifted_group or dropout:
+        what = "gap" if prefix is None else "shared prefix"
+        raise IncompatibleError(f"a {what} works without documents, shifted attention and dropout")
+
+
+def _refuse_prefix(prefix: SharedPrefix, tokens: int, sliding_window: int | None) -> None:
+    whole = prefix.layers[0][0].shape[2] + tokens
+    if sliding_window is not None and whole > sliding_window:
+        raise IncompatibleError(
+            f"a shared prefix and own tokens, {whole:,} in all, with a model that sees {sliding_window:,}",
+            rule="A sliding window would hide the beginning of the prefix.",
+        )
+
+
+def _behind(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, prefix: SharedPrefix, gap: Gap | None, scale: float
+) -> Tensor:
+    """Rows behind a prefix; returns as `_packed`."""
+    if gap is None:
+        gap = Gap(0, torch.zeros(query.shape[0], dtype=torch.int64, device=query.device))
+    own = _gap_mask(gap, query.shape[2], key.shape[2], None)
+    return attend_behind_prefix(query, key, value, prefix.layers[layer], own, scale)
 
 
 def _kernel(kernels: Kernels, backend: str, query: Tensor) -> AttentionKernel:
@@ -186,7 +218,8 @@ def _causal(
     }
     sdpa = nn.functional.scaled_dot_product_attention
     if window is not None:
-        return sdpa(query, key, value, attn_mask=_window_mask(tokens, past, window, query.device), **options)
+        mask = _window_mask(tokens, past, window, query.device)
+        return attend_masked(query, key, value, mask, scale, dropout=dropout)
     if tokens == 1:
         return sdpa(query, key, value, **options)
     if past:
@@ -199,19 +232,20 @@ def _causal(
     return sdpa(query, key, value, is_causal=True, **options)
 
 
-def _around(query: Tensor, key: Tensor, value: Tensor, gap: Gap, scale: float, window: int | None) -> Tensor:
+def _around(
+    query: Tensor, key: Tensor, value: Tensor, gap: Gap | None, scale: float, window: int | None
+) -> Tensor:
     """As `_causal` for rows that end together, each with a gap that no token of it sees; returns as `_packed`.
 
     Query heads that share keys become rows of one head, so that nothing is repeated and any kernel that takes a mask
     will do. A query in a gap sees itself: what it gives is never looked at, but must be a number.
     """
+    assert gap is not None
     batch, heads, tokens, width = query.shape
     shared = heads // key.shape[1]
     mask = _gap_mask(gap, tokens, key.shape[2], window)
     folded = query.reshape(batch, key.shape[1], shared * tokens, width)
-    out = nn.functional.scaled_dot_product_attention(
-        folded, key, value, attn_mask=mask.repeat(1, shared, 1)[:, None], scale=scale
-    )
+    out = attend_masked(folded, key, value, mask.repeat(1, shared, 1)[:, None], scale)
     return out.reshape(batch, heads, tokens, value.shape[3]).transpose(1, 2)
 
 

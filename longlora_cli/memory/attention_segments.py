@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from longlora_cli.errors import IncompatibleError
 from longlora_cli.memory.attention_choice import choose_kernel
+from longlora_cli.memory.attention_masks import attend_masked
 from longlora_cli.memory.attention_over_keys import (
     Document,
     Gathering,
@@ -303,7 +304,7 @@ def _one(
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
     sdpa = nn.functional.scaled_dot_product_attention
     if mask is not None:
-        return sdpa(query, key, value, attn_mask=mask, **options)
+        return attend_masked(query, key, value, mask, scale, dropout=dropout)
     if not lower_right:
         return sdpa(query, key, value, is_causal=queries > 1, **options)
     from torch.nn.attention.bias import causal_lower_right

@@ -55,6 +55,14 @@ def test_rows_are_those_of_questions_asked_one_by_one_in_their_order(tiny_loaded
     assert list(together._rows) == list(one._rows), "the journal has their order too"
 
 
+@pytest.mark.parametrize(("shares", "behind", "rows"), [(True, 50, 6), (False, 50, 2), (True, 1100, 2)])
+def test_a_text_that_is_held_once_leaves_room_for_more_questions_about_it(shares, behind, rows):
+    asked = [Request(prompt(2000, 1) + prompt(behind, n), 20) for n in range(2, 8)]
+    whole = 2000 + behind + 20
+    batching = Batching(16, 2 * whole + 300, shares)
+    assert [len(group) for group in groups(asked, lambda one: one, batching)][0] == rows
+
+
 def test_batches_are_really_run(tiny_loaded, questions, monkeypatch):
     sizes = []
     true = answerers_module.answer_together

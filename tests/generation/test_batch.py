@@ -83,6 +83,22 @@ def test_a_text_that_all_prompts_begin_with_is_read_once(tiny):
     assert [a.reused_tokens for a in found] == [0, 60, 60, 60]
 
 
+@pytest.mark.parametrize(
+    ("kind", "behind", "places"), [("tied", 20, 20), ("tied", 1030, 1130), ("sliding", 20, 120)]
+)
+def test_a_text_that_all_begin_with_is_held_once_unless_a_window_or_much_is_behind_it(
+    make_loaded, monkeypatch, kind, behind, places
+):
+    made = []
+    true = batches._Batch
+    monkeypatch.setattr(batches, "_Batch", lambda *a: made.append(true(*a)) or made[-1])
+    text = drawn(1100, 1) if behind > 1000 else drawn(100, 1)
+    places += 1000 if behind > 1000 else 0
+    prompts = [text + drawn(behind, n) for n in (2, 3, 4)]
+    answer_together(make_loaded(kind), [Request(ids, 1) for ids in prompts], stop_ids=(), prefill_chunk=4096)
+    assert made[0].cache.layers[0].keys.shape[:3] == (3, 2, places)
+
+
 def test_each_row_ends_by_itself_and_the_others_go_on(tiny):
     rng = random.Random(5)
     prompts = [drawn(rng.randint(1, 30), seed) for seed in range(9)]
