@@ -107,9 +107,10 @@ def _config(model: str) -> dict[str, Any]:
     import longlora_cli.models.source as source
 
     folder = Path(source.__file__).parent / BUILTIN if model == BUILTIN else Path(model)
-    record = AdapterRecord.read(folder / "adapter") or AdapterRecord.read(folder)
-    if record is not None:
-        return _config(record.base)
+    if not (folder / "config.json").is_file():  # a merged model has a record, too: of what it was made from
+        record = AdapterRecord.read(folder / "adapter") or AdapterRecord.read(folder)
+        if record is not None:
+            return _config(record.base)
     try:
         if folder.is_dir():
             found = json.loads((folder / "config.json").read_text(encoding="utf-8"))

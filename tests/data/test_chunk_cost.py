@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,15 @@ from longlora_cli.memory.plan import ModelShape
 from longlora_cli.models.source import AdapterRecord
 
 SHAPE = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, 2, 0, 0)
+
+
+def test_a_merged_models_sizes_are_its_own_beside_the_record_of_its_making(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    shutil.copytree(tiny_model_folder, merged)
+    (merged / "longlora.json").write_text(json.dumps({"format": 1, "kind": "merge", "adapter": False}))
+    assert chunk_cost(str(merged)).per_token == chunk_cost(str(tiny_model_folder)).per_token
 
 
 @pytest.mark.parametrize("lengths", [[1], [32768], [5, 70, 900]])
