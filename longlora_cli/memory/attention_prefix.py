@@ -53,9 +53,8 @@ def attend_behind_prefix(
     rows, heads, queries, width = query.shape
     kv_heads = key.shape[1]
     own = query.reshape(rows, kv_heads, heads // kv_heads * queries, width)
-    together = own.transpose(0, 1).flatten(1, 2)[
-        None
-    ]  # [1, kv_heads, rows x shared heads x queries, head_dim]
+    # [1, kv_heads, rows x shared heads x queries, head_dim]
+    together = own.transpose(0, 1).flatten(1, 2)[None]
     out, lse = _whole(together, *prefix, scale)
     out = out[0].unflatten(1, (rows, -1)).transpose(0, 1)
     lse = lse[0].unflatten(1, (rows, -1)).transpose(0, 1)

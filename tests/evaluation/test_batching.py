@@ -60,7 +60,7 @@ def test_a_text_that_is_held_once_leaves_room_for_more_questions_about_it(shares
     asked = [Request(prompt(2000, 1) + prompt(behind, n), 20) for n in range(2, 8)]
     whole = 2000 + behind + 20
     batching = Batching(16, 2 * whole + 300, shares)
-    assert [len(group) for group in groups(asked, lambda one: one, batching)][0] == rows
+    assert next(len(group) for group in groups(asked, lambda one: one, batching)) == rows
 
 
 def test_batches_are_really_run(tiny_loaded, questions, monkeypatch):

@@ -198,6 +198,22 @@ def test_what_a_gap_holds_reaches_nothing_and_leaves_no_hole_of_nan() -> None:
     torch.testing.assert_close(first[1, 3:], second[1, 3:], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("options", [{"gap": attention.Gap(0, torch.tensor([1]))}, {"sliding_window": 2}])
+def test_masked_attention_leaves_out_the_kernel_that_plans_every_shape(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    seen, true = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return true(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    query, key, value = (tensor.detach() for tensor in problem(5, 0))
+    make_attention("torch")(nn.Module(), query, key, value, **options)
+    assert seen == [False]
+
+
 def test_a_gap_beside_documents_is_refused() -> None:
     gap = attention.Gap(0, torch.tensor([0]))
     with pytest.raises(IncompatibleError, match="a gap works without documents"):
