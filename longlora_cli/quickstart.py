@@ -40,12 +40,13 @@ def run(out: Path, console: Console) -> None:
     Raises:
         SettingsError: `out` has files in it.
     """
+    if out.is_dir() and any(out.iterdir()):
+        raise SettingsError(f"{out} is not empty", hint="Choose another folder, or remove it.")
+    quiet_libraries()  # what libraries say while they are imported
     from longlora_cli.commands import eval as eval_command
     from longlora_cli.commands import prepare, train
 
-    if out.is_dir() and any(out.iterdir()):
-        raise SettingsError(f"{out} is not empty", hint="Choose another folder, or remove it.")
-    quiet_libraries()
+    quiet_libraries()  # what needs them imported to be turned off
     begin = time.monotonic()
     training, held_out = _split_book(out)
     flags: dict[str, Any] = {"inputs": [str(training)], "out": out / "data"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,19 @@ def test_a_folder_with_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="is not empty"):
         quickstart.run(tmp_path, Console())
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_libraries_say_nothing_before_its_first_line(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from longlora_cli import quickstart
+from longlora_cli.console import Console
+quickstart._split_book = lambda out: sys.exit()
+quickstart.run(Path(sys.argv[1]), Console())
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "q")], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.slow
